@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 # %% ../nbs/00_records.ipynb #d8e924c3
 log = logging.getLogger("vireid_nb")
@@ -167,8 +168,8 @@ def atomic_path(
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         _replace(tmp, path)
-    except OSError as e:
-        raise VireidError(f"could not write {path}: {e.strerror or e}; what was saved before is untouched") from e
+    except (OSError, SafetensorError) as e:  # safetensors wraps the system's own error
+        raise VireidError(f"could not write {path}: {getattr(e, 'strerror', None) or e}; what was saved before is untouched") from e
     finally:
         if tmp.is_dir():
             shutil.rmtree(tmp, ignore_errors=True)
