@@ -12,7 +12,7 @@ from vireid_nb.backbone import BackboneConfig, NonLocal, build_backbone, gem, lo
 from vireid_nb.records import Modality, VireidError
 
 SIZES = {"resnet50": (64, 32), "resnet18": (64, 32), "tiny": (96, 48)}
-DIMS = {"resnet50": 2048, "resnet18": 512, "tiny": 160}
+DIMS = {"resnet50": 2048, "resnet18": 512, "tiny": 128}
 
 
 def fresh(name, **options):

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from vireid_nb.evaluation import RetrievalMetrics, average_metrics, clustering_scores, evaluate_llcm, evaluate_regdb, evaluate_sysu, evaluate_trials, per_query_metrics, pseudo_label_scores
+from vireid_nb.evaluation import (
+    RetrievalMetrics,
+    average_metrics,
+    clustering_scores,
+    evaluate_llcm,
+    evaluate_regdb,
+    evaluate_sysu,
+    evaluate_trials,
+    per_query_metrics,
+    pseudo_label_scores,
+)
 from vireid_nb.records import FeatureBank, PseudoLabels, VireidError, seeded
 
 GOLDEN = Path(__file__).parent / "golden"

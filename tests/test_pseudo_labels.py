@@ -1,7 +1,8 @@
 """Neighbours, Jaccard distances and clusterings: the published numbers, naive oracles on awkward input, and the same bits on any thread or tile."""
+import subprocess
+import sys
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -148,18 +149,24 @@ def test_bits_do_not_depend_on_threads_or_tiles(monkeypatch):
         distance = jaccard_distance(x, k1=20, k2=9, groups=(modality,))
         return [a for table in tables for a in table] + [distance.indptr, distance.indices, distance.data]
 
-    before, reference = numba.get_num_threads(), everything()
+    before, reference = torch.get_num_threads(), everything()
     try:
         for threads in {1, 2, before}:
-            numba.set_num_threads(min(threads, before))
-            torch_threads = torch.get_num_threads()
             torch.set_num_threads(threads)
             for tile in (2048, 256, 100):
                 monkeypatch.setattr(neighbors, "TILE", tile)
                 assert all(a.tobytes() == b.tobytes() for a, b in zip(everything(), reference))
-            torch.set_num_threads(torch_threads)
     finally:
-        numba.set_num_threads(before)
+        torch.set_num_threads(before)
+
+
+def test_torchs_threads_are_left_as_they_were():
+    "numba's own pool would reset OpenMP's thread count under torch, and with it the last bits of a training."
+    code = "import torch; torch.set_num_threads(1); from vireid_nb.synthetic import make_vi_features; from vireid_nb.clustering import *; import time"
+    code += "; cross_modality_clustering(make_vi_features(6, 8, 8)[0], ClusterConfig(k1=6, joint_k1=8, joint_k2=4)); a = torch.randn(700, 700); a @ a"
+    code += "; c, t = time.process_time(), time.perf_counter(); [a @ a for _ in range(40)]; print((time.process_time() - c) / (time.perf_counter() - t))"
+    cores = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert cores < 1.4, f"torch was told to use one thread and used {cores:.1f}"
 
 
 def test_row_order_does_not_change_the_distance():

@@ -85,7 +85,7 @@ def command(config, *more):
         "--cluster.min-samples": 2, "--batch.n-ids": 3, "--batch.n-instances": 2, "--batch.iterations": 4, "--engine.device": "cpu",
         "--intra-epochs": config.intra_epochs, "--joint-epochs": config.joint_epochs,
     }
-    out = [sys.executable, "-m", "vireid_nb.cli", "train", "baseline", "--preset", "synth", "--keep-features", "--engine.no-progress"]
+    out = [sys.executable, "-c", "import sys; from vireid_nb.cli import main; sys.exit(main())", "train", "baseline", "--preset", "synth", "--keep-features", "--engine.no-progress"]
     return [*out, *(str(x) for pair in flags.items() for x in pair), *more]
 
 

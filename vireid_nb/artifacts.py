@@ -70,7 +70,7 @@ class EventLog:
             try:
                 out.append(json.loads(line))
             except json.JSONDecodeError:
-                log.warning("%s line %d is torn (a killed run leaves one); it is left out", path, number)
+                log.warning("%s/metrics.jsonl line %d is torn (a killed run leaves one); it is left out", self.path.name, number)
         return out
 
     def metrics(self, event: str = None) -> pd.DataFrame:  # event: "labels", "train", "eval", ...; None = all

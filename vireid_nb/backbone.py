@@ -82,14 +82,13 @@ class BackboneConfig:
         require(self.gem_p > 0, f"gem_p is {self.gem_p}; GeM pooling needs p > 0 (3 is published)")
 
 # %% ../nbs/20_backbone.ipynb #cb3f97b1
-_TINY_STEM, _TINY_WIDTHS = 16, (32, 64, 128, 160)
+_TINY_STEM, _TINY_STAGES = 16, ((32, 1), (64, 2), (96, 1), (128, 2))  # (width, stride); the last stride is the config's
 
 
 def _tiny_parts() -> tuple:  # (conv1, bn1, four stages)
     "A residual network of four basic blocks."
     stages, channels = [], _TINY_STEM
-    for depth, width in enumerate(_TINY_WIDTHS):
-        stride = 1 if depth == 0 else 2
+    for width, stride in _TINY_STAGES:
         shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
         stages.append(nn.Sequential(BasicBlock(channels, width, stride, shortcut)))
         channels = width

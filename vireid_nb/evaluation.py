@@ -221,7 +221,8 @@ def evaluate_trials(
     "Mean and spread of every group of trials; raises `VireidError` when bank and table do not line up."
     pids = as_numpy(pids)
     order = bank.index.argsort(kind="stable")
-    require(len(bank) == len(pids) and (bank.index[order] == np.arange(len(pids))).all(), f"evaluate_trials: a bank of {len(bank)} rows for {len(pids)} test samples; extract every row of the test table, once")
+    aligned = len(bank) == len(pids) and (bank.index[order] == np.arange(len(pids))).all()
+    require(aligned, f"evaluate_trials: a bank of {len(bank)} rows for {len(pids)} test samples; extract every row of the test table, once")
     features, camid = bank.features[order], bank.camid[order] + (protocol == "sysu")  # SYSU's rule names cameras 1 to 6
     out = {}
     for name in dict.fromkeys(t.name for t in trials):

@@ -9,7 +9,6 @@ __all__ = ['TILE', 'NOBODY', 'MARGIN', 'BACKENDS', 'exact_dot', 'squared_norms',
 # %% ../nbs/30_neighbors.ipynb #f603f911
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
 import torch
 from numba import njit
@@ -40,9 +39,9 @@ def in_chunks(
     *args,  # handed to every call
     rows: int = 256,  # rows in a chunk; never depends on the number of threads
 ) -> list:
-    "`kernel` over all rows, chunk by chunk, on numba's threads; the results in row order."
+    "`kernel` over all rows, chunk by chunk, on torch's number of threads; the results in row order."
     starts = range(0, n, rows)
-    threads = min(numba.get_num_threads(), len(starts))
+    threads = min(torch.get_num_threads(), len(starts))
     if threads <= 1:
         return [kernel(s, min(s + rows, n), *args) for s in starts]
     with ThreadPoolExecutor(threads) as pool:

@@ -126,14 +126,15 @@ class PseudoLabels:
         out[self.modality == Modality.INFRARED] = self.infrared
         return out
 
-    def _table(self) -> list:
+    def table(self) -> list:  # (which, clusters, samples, noise share)
+        "One row for each of the three clusterings."
         return [(k, n_clusters(y := getattr(self, k)), len(y), float((y < 0).mean()) if len(y) else 0.0) for k in ("visible", "infrared", "joint")]
 
     def __repr__(self) -> str:
-        return "PseudoLabels(" + "; ".join(f"{k}: {c} clusters of {n}, {z:.0%} noise" for k, c, n, z in self._table()) + ")"
+        return "PseudoLabels(" + "; ".join(f"{k}: {c} clusters of {n}, {z:.0%} noise" for k, c, n, z in self.table()) + ")"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><td>{k}</td><td>{n}</td><td>{c}</td><td>{z:.1%}</td></tr>" for k, c, n, z in self._table())
+        rows = "".join(f"<tr><td>{k}</td><td>{n}</td><td>{c}</td><td>{z:.1%}</td></tr>" for k, c, n, z in self.table())
         return f"<table><tr><th></th><th>samples</th><th>clusters</th><th>noise</th></tr>{rows}</table>"
 
 # %% ../nbs/00_records.ipynb #077e1ee6

@@ -179,7 +179,7 @@ def crop(
     padded = F.pad(images, (pad, pad, pad, pad))
     first_row = torch.arange(b * c, device=images.device).view(b, c, 1) * (h + 2 * pad)
     rows = first_row + (top[:, None] + y)[:, None]  # [B, 3, H] among the B*3*(H+2p) rows of the padded batch
-    picked = padded.view(-1, w + 2 * pad).index_select(0, rows.view(-1)).view(b, c, h, -1)
+    picked = padded.reshape(-1, w + 2 * pad).index_select(0, rows.view(-1)).view(b, c, h, -1)
     columns = left[:, None] + torch.where(flip[:, None], x.flip(0), x)  # [B, W]
     return picked.gather(3, columns[:, None, None].expand(b, c, h, w))
 
