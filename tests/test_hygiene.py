@@ -239,7 +239,8 @@ def test_index_names_every_notebook_and_its_symbols():
     rows = re.findall(r"^\|.*\[(\d\d_\w+)\]\(\1\.ipynb\) \|(.*)\|$", text, re.M)
     assert [stem for stem, _ in rows] == [p.stem for p in NOTEBOOKS if p.stem != "index"], "bring the table of nbs/index.ipynb up to date"
     for stem, symbols in rows:
-        missing = {n for n in re.findall(r"`(\w+)`", symbols)} - public_names(ROOT / f"vireid_nb/{stem[3:]}.py") - {"vireid"}
+        module = ROOT / f"vireid_nb/{stem[3:]}.py"  # tutorials export nothing
+        missing = {n for n in re.findall(r"`(\w+)`", symbols)} - (public_names(module) if module.exists() else set()) - {"vireid"}
         assert not missing, f"the table of nbs/index.ipynb: {stem} exports no {missing}"
 
 

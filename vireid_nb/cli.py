@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SCORES', 'LABEL_SCORES', 'DEMO_DATA', 'COMMANDS', 'main', 'dispatch', 'synth', 'check_command',
            'wanted_preset', 'train_commands', 'summary', 'stage_seconds', 'evaluate', 'extract_command',
-           'cluster_command', 'bench_command', 'demo_data', 'demo_row', 'demo', 'demo_table']
+           'cluster_command', 'bench_command', 'demo_data', 'demo_row', 'demo_table', 'demo']
 
 # %% ../nbs/80_cli.ipynb #0d6a1222
 import json
@@ -170,7 +170,7 @@ def evaluate(
     print(pd.DataFrame(rows).T.round(2).to_string())
     return 0
 
-
+# %% ../nbs/80_cli.ipynb #8d7bc249
 def extract_command(
     run: tyro.conf.Positional[Path],
     folder: tyro.conf.Positional[Path],
@@ -199,7 +199,7 @@ def extract_command(
     print(f"wrote {out} ({len(bank)} x {bank.features.shape[1]}) and {out.with_suffix('.csv')}")
     return 0
 
-# %% ../nbs/80_cli.ipynb #8d7bc249
+# %% ../nbs/80_cli.ipynb #bd7e11a4
 def cluster_command(
     features: tyro.conf.Positional[Path],
     config: Annotated[ClusterConfig, tyro.conf.arg(name="")] = ClusterConfig(),
@@ -221,7 +221,7 @@ def cluster_command(
         print(f"wrote {out}")
     return 0
 
-
+# %% ../nbs/80_cli.ipynb #8eaadec9
 def bench_command(
     what: tyro.conf.Positional[Literal["jaccard", "pseudo-labels", "evaluation", "train-step"]],
     n: int = 34167,
@@ -256,7 +256,15 @@ def demo_row(run: Run, label: str, epochs: int) -> pd.DataFrame:
     table = summary(run)
     return table[table.epochs == epochs].assign(model=label).drop(columns=["stage"])
 
+# %% ../nbs/80_cli.ipynb #8f60b198
+def demo_table(tables: list) -> pd.DataFrame:
+    "One line a model and protocol; over several seeds the mean and, behind ±, the standard deviation."
+    rows = pd.concat(tables).groupby(["protocol", "model"], sort=False).agg(list).drop(columns="epochs")
+    show = lambda v: f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "")
+    order = ["start", "per-modality", "joint (CMC)"]
+    return rows.map(show).reindex(order, level="model").sort_index(level="protocol", sort_remaining=False)
 
+# %% ../nbs/80_cli.ipynb #2ee8f60b
 def demo(
     out: Path = Path("runs/demo"),
     seeds: tuple[int, ...] = (1,),
@@ -285,15 +293,7 @@ def demo(
     print(f"everything is in {out}; run folders: {', '.join(sorted(p.parent.name for p in out.glob('*/config.json')))}")
     return 0
 
-# %% ../nbs/80_cli.ipynb #8f60b198
-def demo_table(tables: list) -> pd.DataFrame:
-    "One line a model and protocol; over several seeds the mean and, behind ±, the standard deviation."
-    rows = pd.concat(tables).groupby(["protocol", "model"], sort=False).agg(list).drop(columns="epochs")
-    show = lambda v: f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "")
-    order = ["start", "per-modality", "joint (CMC)"]
-    return rows.map(show).reindex(order, level="model").sort_index(level="protocol", sort_remaining=False)
-
-
+# %% ../nbs/80_cli.ipynb #62ece142
 COMMANDS: dict[str, Callable] = {
     "demo": demo,
     "synth": synth,

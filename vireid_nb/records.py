@@ -101,7 +101,7 @@ def n_clusters(labels) -> int:  # labels: int array, -1 = noise
     labels = as_numpy(labels)
     return len(np.unique(labels[labels >= 0]))
 
-
+# %% ../nbs/00_records.ipynb #3a647ed6
 @dataclass(frozen=True, repr=False)
 class PseudoLabels:
     "The three clusterings of one epoch; -1 is noise."
