@@ -173,7 +173,7 @@ except VireidError as e:
 
 def test_all_noise_is_said_and_changes_nothing(sysu_root, tmp_path, caplog):
     config = small(sysu_root, tmp_path, joint_epochs=0)
-    run = train(replace(config, cluster=replace(config.cluster, eps=0.01, joint_eps=0.01)))
+    run = train(replace(config, cluster=replace(config.cluster, min_samples=10_000)))
     assert "no cluster to learn from" in caplog.text
     fresh, _ = load_model(run)
     start = build_backbone(config.model, seed=config.seed).state_dict()
