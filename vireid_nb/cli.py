@@ -112,7 +112,9 @@ def train_commands(argv: list) -> dict:  # {method: function for the command lin
 
         def command(config: Annotated[cls, tyro.conf.arg(name="")] = preset(wanted_preset(argv)), preset: str = wanted_preset(argv), resume: bool = False) -> int:
             run = train(config, resume=resume)
-            print(summary(run).to_string(), f"\nrun folder: {run.path}")
+            table = summary(run)
+            print(table.to_string() if len(table) else "the data set has no test split with ids, so nothing was judged")
+            print(f"run folder: {run.path}")
             return 0
 
         command.__doc__ = f"""Train {name}; every value is a flag.
