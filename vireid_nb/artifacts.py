@@ -95,7 +95,8 @@ class EpochStore:
         "Write one epoch's labels and `info` (JSON-able), and the features of `bank` as float16, in one step."
         with atomic_path(self.folder(epoch), keep_suffix=False) as tmp:
             tmp.mkdir(parents=True)
-            save_file({k: getattr(labels, k) for k in ("visible", "infrared", "joint", "modality")}, tmp / "labels.safetensors")
+            arrays = {k: getattr(labels, k) for k in ("visible", "infrared", "joint", "modality", "matched")}
+            save_file({k: v for k, v in arrays.items() if v is not None}, tmp / "labels.safetensors")
             if bank is not None:
                 arrays = {"features": bank.features.astype(np.float16), "modality": bank.modality, "camid": bank.camid, "index": bank.index}
                 save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, tmp / "features.safetensors")

@@ -109,14 +109,21 @@ class PseudoLabels:
     infrared: np.ndarray  # [Nr] int64, aligned with the rows of `bank.infrared`
     joint: np.ndarray  # [N] int64, aligned with the rows of the whole bank
     modality: np.ndarray  # [N] int64, of the whole bank
-    info: dict = field(default_factory=dict)  # how they were made: k1, k2, eps, seconds, stated fallbacks
+    info: dict = field(default_factory=dict)  # how they were made: k1, k2, eps, seconds, stated fallbacks; JSON-able
+    matched: np.ndarray | None = None  # [N] int64, labels that cross-modality matching made common to both; None: no matching
 
     def __post_init__(self):
-        for name in ("visible", "infrared", "joint", "modality"):
+        for name in ("visible", "infrared", "joint", "modality") + (() if self.matched is None else ("matched",)):
             object.__setattr__(self, name, as_numpy(getattr(self, name), np.int64))
         n = [(self.modality == m).sum() for m in Modality] + [len(self.modality)]
         got = [len(self.visible), len(self.infrared), len(self.joint)]
         require(n == got, f"PseudoLabels: {got} labels (visible, infrared, joint) for {n} samples")
+        require(len(self.shared) == n[2], f"PseudoLabels: {len(self.shared)} matched labels for {n[2]} samples")
+
+    @property
+    def shared(self) -> np.ndarray:
+        "[N] the labels that speak of both modalities: matched ones where there are any, else the joint clustering's."
+        return self.joint if self.matched is None else self.matched
 
     @property
     def intra(self) -> np.ndarray:
