@@ -158,7 +158,10 @@ class TwoStream(nn.Module):
 
     def pooled(self, x, modality):  # [B, 3, H, W], one Modality or [B] -> [B, feat_dim]
         "Pooled features, before the neck."
-        x = _stem_rows(self.stems, x, modality)
+        return self.body(_stem_rows(self.stems, x, modality))
+
+    def body(self, x):  # [B, C, h, w] out of a stem -> [B, feat_dim]
+        "What both modalities share: the stages and the pooling."
         for name in ("layer1", "layer2", "layer3", "layer4"):
             units = getattr(self, name)
             blocks = self.non_local[name] if name in self.non_local else []

@@ -137,7 +137,9 @@ def load_checkpoint(folder, model: nn.Module, optimizer: torch.optim.Optimizer =
     require((folder / "state.json").is_file(), f"no checkpoint in {folder}; train first, or look at the folder's name")
     try:
         held = json.loads((folder / "state.json").read_text())
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        weights = load_file(folder / "model.safetensors")
+        extra = {} if hasattr(model, "classifier") else {k for k in weights if k.startswith("classifier.")}  # trained beside the network, no part of it
+        model.load_state_dict({k: v for k, v in weights.items() if k not in extra})
         if optimizer is not None:
             unflatten_optimizer(optimizer, load_file(folder / "optimizer.safetensors"), held["optimizer"])
         if scaler is not None and held["scaler"]:

@@ -11,7 +11,7 @@ __all__ = ['DataConfig', 'BatchConfig', 'OptimConfig', 'TrainConfig', 'phase_at'
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,10 +49,14 @@ class BatchConfig:
 @dataclass
 class OptimConfig:
     "How weights move."
-    lr: float = 3.5e-4  # Adam's step size
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: with Nesterov momentum 0.9
+    lr: float = 3.5e-4  # step size
+    backbone: float = 1.0  # factor on lr for everything below the neck
     weight_decay: float = 5e-4  # L2 penalty
+    warmup: int = 0  # epochs at a stage's beginning in which lr rises to its full value
     decay: float = 0.1  # factor on lr ...
-    decay_every: int = 20  # ... after this many epochs of a stage
+    decay_every: int = 20  # ... after this many epochs of a stage ...
+    decay_times: int = 2  # ... and so on, at most this many times
 
 # %% ../nbs/64_training.ipynb #e1e8abbe
 @dataclass
@@ -77,23 +81,39 @@ class TrainConfig:
     name: str = ""  # the run's folder; empty = <method>-<data>-seed<seed>
 
     @property
+    def stages(self) -> dict:
+        "Epochs of each stage, in order."
+        return {"intra": self.intra_epochs, "joint": self.joint_epochs}
+
+    @property
     def epochs(self) -> int:
-        "Epochs of both stages."
-        return self.intra_epochs + self.joint_epochs
+        "Epochs of all stages."
+        return sum(self.stages.values())
+
+    def optim_in(self, stage: str) -> OptimConfig:
+        "How weights move in a stage."
+        return self.optim
 
     def make_method(self) -> "Method":
         "The method this configuration describes."
         return Method(self)
 
 # %% ../nbs/64_training.ipynb #3365e63a
-def phase_at(config: TrainConfig, epoch: int) -> tuple:  # ("intra" | "joint", epoch within the stage)
+def phase_at(config: TrainConfig, epoch: int) -> tuple:  # ("intra" | "joint" | a method's own, epoch within the stage)
     "The stage that an epoch belongs to; epochs count from 0."
-    return ("intra", epoch) if epoch < config.intra_epochs else ("joint", epoch - config.intra_epochs)
+    for stage, n in config.stages.items():
+        if epoch < n:
+            return stage, epoch
+        epoch -= n
+    return stage, epoch + n
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
-    "Adam's step size in this epoch."
-    return config.optim.lr * config.optim.decay ** (phase_at(config, epoch)[1] // config.optim.decay_every)
+    "The step size in this epoch."
+    stage, at = phase_at(config, epoch)
+    optim = config.optim_in(stage)
+    rise = min(1, (at + 1) / optim.warmup) if optim.warmup else 1
+    return optim.lr * rise * optim.decay ** min(at // optim.decay_every, optim.decay_times)
 
 # %% ../nbs/64_training.ipynb #bee64cb1
 class Batch(NamedTuple):
@@ -126,13 +146,14 @@ class Learner:
             plain, ca = visible_views(images[: len(v)], generator, augment)
             yield Batch(v, r, plain, ca, infrared_view(images[len(v) :], generator, augment))
 
-    def embed(self, batch: Batch) -> Embeddings:
+    def embed(self, batch: Batch, pooled: bool = False):  # -> Embeddings; with `pooled` (those, the same before the neck)
         "One forward pass over plain, channel-augmented and infrared pictures together."
         n = 2 * len(batch.visible)
         modality = torch.tensor([Modality.VISIBLE] * n + [Modality.INFRARED] * len(batch.infrared), device=self.engine.device)
         with self.engine.autocast():
-            emb = self.model(torch.cat([batch.plain, batch.ca, batch.ir]), modality)
-        return Embeddings(emb[:n].float(), emb[n:].float())
+            both = self.model(torch.cat([batch.plain, batch.ca, batch.ir]), modality, return_pooled=True)
+        emb, before = (Embeddings(x[:n].float(), x[n:].float()) for x in both)
+        return (emb, before) if pooled else emb
 
     def sampler(self, name: str, epoch: int) -> np.random.Generator:
         "Random numbers for choosing a batch's samples."
@@ -167,12 +188,19 @@ class Method:
         "Yields {name: scalar loss} for each optimiser step; code after the yield runs when the step is done."
         return iter(())
 
+    def begin(self, learner: Learner, labels: PseudoLabels, epoch: int) -> None:
+        "Called when a stage begins, after its first labels are made and before its optimiser is."
+
+    def resume(self, model: torch.nn.Module, run: Run, epoch: int) -> None:
+        "Called before a run goes on at `epoch`: put back whatever `begin` made."
+
 # %% ../nbs/64_training.ipynb #63a20a1d
 def judge_features(bank: FeatureBank, catalog: Catalog) -> dict:  # {protocol: {"rank1", ..., "mAP", "mINP", "spread", "trials"}}
     "Retrieval scores of the test set's features, in [0, 1], by the data set's own protocols; empty without a test set with ids."
     modes = ["all", "indoor"] if catalog.name == "sysu" else ["all"]
     drawn = [t for mode in modes for t in trials(catalog, mode=mode)]
-    scores = evaluate_trials(bank, catalog.test.pid.to_numpy(), drawn, catalog.name) if drawn else {}
+    protocol = catalog.name if catalog.name in ("sysu", "llcm") else "regdb"  # RegDB's has no rule about cameras: right for a CSV
+    scores = evaluate_trials(bank, catalog.test.pid.to_numpy(), drawn, protocol) if drawn else {}
     return {name: {**s["mean"].as_dict(), "spread": s["spread"], "trials": s["trials"]} for name, s in scores.items()}
 
 # %% ../nbs/64_training.ipynb #69f1c3a3
@@ -211,9 +239,14 @@ def check_same(run: Run, config: TrainConfig) -> None:
     require(not differ, f"{run.path} was begun with other values ({'; '.join(differ[:4])}); resume with the same ones, or choose another --name")
 
 # %% ../nbs/64_training.ipynb #4653f348
-def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    "Adam, as both papers' family uses it."
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+def make_optimizer(config: TrainConfig, model: torch.nn.Module, epoch: int = 0) -> torch.optim.Optimizer:
+    "A fresh optimiser for the stage of this epoch; the learning rate is set at every epoch."
+    optim = config.optim_in(phase_at(config, epoch)[0])
+    named = [(n.startswith(("neck.", "classifier.")), p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for top, p in named if top], "scale": 1.0}, {"params": [p for top, p in named if not top], "scale": optim.backbone}]
+    if optim.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay)
+    return torch.optim.Adam(groups, lr=optim.lr, weight_decay=optim.weight_decay)
 
 
 def run_path(config: TrainConfig) -> Path:
@@ -221,9 +254,9 @@ def run_path(config: TrainConfig) -> Path:
     return Path(config.runs) / (config.name or f"{config.method}-{config.data.name}-seed{config.seed}")
 
 
-def open_session(config: TrainConfig, callbacks: tuple, resume: bool) -> Session:
+def open_session(config: TrainConfig, method: Method, callbacks: tuple, resume: bool) -> Session:
     "Everything a run needs, new or resumed; raises `VireidError` on data or values that cannot work."
-    require(config.epochs > 0, "intra_epochs and joint_epochs are both 0; there is nothing to train")
+    require(config.epochs > 0, f"the epochs of all stages are 0 ({', '.join(config.stages)}); there is nothing to train")
     path, data = run_path(config), config.data
     require(resume or not path.exists(), f"{path} exists; go on with --resume, or choose another --name")
     require(path.exists() or not resume, f"{path} does not exist, so there is nothing to resume; train without --resume first")
@@ -235,7 +268,10 @@ def open_session(config: TrainConfig, callbacks: tuple, resume: bool) -> Session
         run, done = Run(path), {"epoch": 0, "steps": 0}
         check_same(run, config)
         if recover(run.checkpoint).exists():
-            done = load_checkpoint(run.checkpoint, model, optimizer, engine.scaler)
+            done = load_checkpoint(run.checkpoint, model)
+            method.resume(model, run, done["epoch"])
+            optimizer = engine.prepare_optimizer(make_optimizer(config, model, done["epoch"] - 1))
+            load_checkpoint(run.checkpoint, model, optimizer, engine.scaler)
         rewind(run, done["epoch"] or -1)
     else:
         run, done = Run.create(path, config, catalog.train, device=str(engine.device), precision=engine.precision, world_size=1), {"epoch": 0, "steps": 0}
@@ -262,7 +298,7 @@ def learn(session: Session, method: Method, bank: FeatureBank, labels: PseudoLab
     "The epoch's optimiser steps; returns the mean of every named loss."
     model, optimizer, sums = session.learner.model, session.optimizer, {}
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(session.config, epoch)
+        group["lr"] = learning_rate(session.config, epoch) * group["scale"]
     model.train()
     show = tqdm(desc=f"epoch {epoch + 1}", leave=False, disable=None if session.config.engine.progress else True)
     for n, losses in enumerate(method.steps(session.learner, bank, labels, epoch)):
@@ -308,9 +344,10 @@ def judge(session: Session, epoch: int) -> None:
 def run_epoch(session: Session, method: Method, epoch: int) -> None:
     "One epoch, from features to checkpoint."
     config = session.config
-    if epoch == config.intra_epochs and epoch:
-        session.optimizer = session.engine.prepare_optimizer(make_optimizer(config, session.learner.model))
     bank, labels = label_samples(session, method, epoch)
+    if phase_at(config, epoch)[1] == 0:
+        method.begin(session.learner, labels, epoch)
+        session.optimizer = session.engine.prepare_optimizer(make_optimizer(config, session.learner.model, epoch))
     with session.watch("learn"):
         losses = learn(session, method, bank, labels, epoch)
     if not losses:
@@ -332,8 +369,8 @@ def train(
     resume: bool = False,  # go on from the last checkpoint of the same configuration
 ) -> Run:
     "Train a method on a data set of pictures without using any identity; the run folder holds everything that came of it."
-    session = open_session(config, tuple(callbacks), resume)
     method = config.make_method()
+    session = open_session(config, method, tuple(callbacks), resume)
     if session.epoch == 0:
         judge(session, -1)
     for epoch in range(session.epoch, config.epochs):

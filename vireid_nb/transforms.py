@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'TRIES', 'LUMINANCE', 'RED', 'GREEN', 'BLUE', 'GRAY', 'UNCHANGED', 'SOURCES',
-           'cache_bytes', 'decode', 'ImageStore', 'batches_ahead', 'AugmentConfig', 'normalize', 'Draws', 'draw',
-           'crop', 'erase', 'jitter', 'exchange', 'visible_views', 'infrared_view']
+           'cache_bytes', 'at_size', 'decode', 'ImageStore', 'batches_ahead', 'AugmentConfig', 'normalize', 'Draws',
+           'draw', 'crop', 'erase', 'jitter', 'exchange', 'visible_views', 'infrared_view']
 
 # %% ../nbs/12_transforms.ipynb #7ef4b57b
 import os
@@ -37,16 +37,20 @@ def cache_bytes(cache) -> int:  # cache: "auto", a number of bytes, or None
     return int(cache or 0)
 
 
+def at_size(picture: Image.Image, size: tuple) -> torch.Tensor:  # size: height, width -> [3, H, W] uint8
+    "An RGB picture at network size, bicubic with anti-aliasing."
+    if picture.size != size[::-1]:
+        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 def decode(
     root,  # folder of the dataset
     path: str,  # relative to it
     size: tuple,  # height, width
 ) -> torch.Tensor:  # [3, H, W] uint8
-    "One picture at network size, bicubic with anti-aliasing; raises `VireidError` with the file's name if it is broken."
-    picture = read_image(root, path)
-    if picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    "One picture of a dataset at network size; raises `VireidError` with the file's name if it is broken."
+    return at_size(read_image(root, path), size)
 
 # %% ../nbs/12_transforms.ipynb #1838d6af
 class ImageStore:
@@ -179,7 +183,7 @@ def crop(
     padded = F.pad(images, (pad, pad, pad, pad))
     first_row = torch.arange(b * c, device=images.device).view(b, c, 1) * (h + 2 * pad)
     rows = first_row + (top[:, None] + y)[:, None]  # [B, 3, H] among the B*3*(H+2p) rows of the padded batch
-    picked = padded.reshape(-1, w + 2 * pad).index_select(0, rows.view(-1)).view(b, c, h, -1)
+    picked = padded.reshape(-1, w + 2 * pad).index_select(0, rows.view(-1)).view(b, c, h, w + 2 * pad)
     columns = left[:, None] + torch.where(flip[:, None], x.flip(0), x)  # [B, W]
     return picked.gather(3, columns[:, None, None].expand(b, c, h, w))
 
