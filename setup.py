@@ -30,6 +30,6 @@ setup(
     include_package_data=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("cpu", "gpu", "dev")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("cpu", "gpu", "onnx", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].splitlines()},
 )

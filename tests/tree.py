@@ -48,9 +48,9 @@ def differing(root: Path) -> list:
     "Which files of `root` are not as its notebooks make them, with the reason; judged in a copy, so edits not committed are kept."
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)
-        (copy / "vireid_nb").mkdir()  # starts empty: a module without a notebook shows
+        (copy / "vireid_nb").mkdir()  # starts with __init__.py alone: a module without a notebook shows
         (copy / "nbs").mkdir()
-        for path in [*root.glob("nbs/*.ipynb"), root / "settings.ini", root / "pyproject.toml"]:
+        for path in [*root.glob("nbs/*.ipynb"), root / "settings.ini", root / "pyproject.toml", root / "vireid_nb/__init__.py"]:
             shutil.copy(path, copy / path.relative_to(root))
         make(copy)
         have, made = ({p.relative_to(r).as_posix(): p.read_bytes() for g in MADE for p in r.glob(g)} for r in (root, copy))
