@@ -113,12 +113,11 @@ class PseudoLabels:
     matched: np.ndarray | None = None  # [N] int64, labels that cross-modality matching made common to both; None: no matching
 
     def __post_init__(self):
-        for name in ("visible", "infrared", "joint", "modality") + (() if self.matched is None else ("matched",)):
+        for name in ("visible", "infrared", "joint", "modality", *(() if self.matched is None else ("matched",))):
             object.__setattr__(self, name, as_numpy(getattr(self, name), np.int64))
-        n = [(self.modality == m).sum() for m in Modality] + [len(self.modality)]
-        got = [len(self.visible), len(self.infrared), len(self.joint)]
-        require(n == got, f"PseudoLabels: {got} labels (visible, infrared, joint) for {n} samples")
-        require(len(self.shared) == n[2], f"PseudoLabels: {len(self.shared)} matched labels for {n[2]} samples")
+        n = [*((self.modality == m).sum() for m in Modality), len(self.modality), len(self.modality)]
+        got = [len(self.visible), len(self.infrared), len(self.joint), len(self.shared)]
+        require(n == got, f"PseudoLabels: {got} labels (visible, infrared, joint, shared) for {n} samples")
 
     @property
     def shared(self) -> np.ndarray:

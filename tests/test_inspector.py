@@ -1,0 +1,299 @@
+"Looking at runs that are whole, and at those that are not; no browser."
+import html
+import io
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from looking import features_for, made_up_run
+from PIL import Image
+
+from vireid_nb import widgets
+from vireid_nb.artifacts import Run
+from vireid_nb.catalog import load_catalog
+from vireid_nb.clustering import ClusterConfig, cross_modality_clustering
+from vireid_nb.inspector import PALETTE, InspectorState, Thumbnails, cluster_fates, colour_by, neighbour_table, track_clusters
+from vireid_nb.records import FeatureBank, Modality, PseudoLabels, VireidError
+from vireid_nb.widgets import LiveMonitor, compare_epochs, inspect_clusters, inspect_matches, inspect_queries, modality_gap_view, tune_clustering
+
+NASTY = "cam1/<script>alert('x')</script> \"quo'ted\" größe & 人.jpg"
+
+
+@pytest.fixture(scope="module")
+def run(sysu_root, tmp_path_factory):
+    return made_up_run(sysu_root, tmp_path_factory.mktemp("looking") / "run")
+
+
+def small_run(path, samples, modality, labels=None, features=None):
+    "A run of one epoch with these samples."
+    run = Run.create(path, {"data": {"root": str(path), "name": "folder"}}, samples)
+    modality = np.asarray(modality)
+    counts = [(modality == m).sum() for m in Modality]
+    joint = np.zeros(len(modality), int) if labels is None else labels
+    y = PseudoLabels(np.zeros(counts[0], int), np.zeros(counts[1], int), joint, modality)
+    bank = None if features is None else FeatureBank(features, modality, np.zeros(len(modality), int), np.arange(len(modality)))
+    run.save_epoch(0, y, bank)
+    return run
+
+
+labellings = arrays(np.int64, 30, elements=st.integers(-1, 5))
+
+
+@given(labellings, labellings)
+def test_tracking_only_renames(before, after):
+    named = track_clusters(before, after, 10)
+    assert ((named < 0) == (after < 0)).all()
+    pairs = {(a, b) for a, b in zip(after, named)}
+    assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})  # one to one
+
+
+@given(labellings, labellings)
+def test_fates_account_for_every_cluster(before, after):
+    fates = cluster_fates(before, after)
+    old = fates[fates.fate != "new"]
+    assert sorted(old.cluster) == sorted(set(before[before >= 0]))
+    assert old["size"].sum() == (before >= 0).sum()
+    assert set(fates[fates.fate == "new"].cluster) <= set(after[after >= 0])
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("among", [None, 0, 1])
+def test_neighbours_against_the_definition(run, k, among):
+    bank = run.features(1)
+    x, m = bank.features, bank.modality
+    for row in (0, len(x) - 1):
+        near = neighbour_table(bank, row, k, among)
+        pool = [j for j in range(len(x)) if j != row and among in (None, m[j])]
+        assert len(near) == min(k, len(pool))
+        np.testing.assert_allclose(near.similarity, np.sort(x[pool] @ x[row])[::-1][:k], atol=1e-6)
+        for j, mutual in zip(near.index, near.reciprocal):
+            home = [i for i in range(len(x)) if i not in (j, row) and (among is None or m[i] == m[row])]
+            margin = np.sort(x[home] @ x[j])[::-1]
+            place = (margin > x[row] @ x[j] + 1e-6).sum()
+            assert mutual == (place < k) or abs(margin - x[row] @ x[j]).min() < 1e-6
+
+
+def test_colours_depend_on_the_name_alone():
+    assert colour_by([3, 9, 20], "c").hex()[1] == colour_by([9], "c").hex()[0] == PALETTE[9]
+    assert colour_by(np.zeros(0, np.int64), "c").hex() == [] and colour_by(np.zeros(0), "c").hex() == []
+
+
+def test_queries_follow_the_camera_rule_and_the_evaluation(run):
+    state = InspectorState(run)
+    scores = state.queries()
+    row = int(scores.index[0])
+    ranked = state.ranking(row, 10**6)
+    hits = np.flatnonzero([r is True for r in ranked.right])
+    assert scores.ap[row] == pytest.approx(np.mean((np.arange(len(hits)) + 1) / (hits + 1)))
+    numbers = state.camera_numbers
+    for i in scores.index[:20]:
+        hidden = numbers[i] == 3
+        assert (2 in numbers[state.ranking(int(i), 10**6).index]) is not hidden
+
+
+def test_selection_modes_and_rules(run):
+    state, told = InspectorState(run), []
+    state.observe(told.append)
+    everyone = set(range(len(state.samples)))
+    some = set(state.select(where="modality == 0").tolist())
+    assert set(state.select(range(len(everyone)), mode="subtract").tolist()) == set()
+    state.select(sorted(some))
+    assert set(state.select(sorted(everyone - some), mode="add").tolist()) == everyone
+    assert state.select().tolist() == [] and told == ["selection"] * 5
+    assert state.filter("modality == 1") == (state.samples.modality == 1).sum()
+    for bad in ("nonsense ==", "__import__('os').system('true')", "colour == 3"):
+        with pytest.raises(VireidError, match="cannot be read"):
+            state.select(where=bad)
+
+
+def test_state_comes_back(run):
+    state = InspectorState(run)
+    state.set("epoch", 1), state.set("which", "intra"), state.set("colour", "camid"), state.filter("camid >= 0"), state.select([3, 1])
+    state.tag("größe <b>")
+    state.save("mine")
+    state.save("other")
+    again = InspectorState(run.path)
+    again.load("mine")
+    assert (again.epoch, again.which, again.colour, again.where, again.chosen.tolist()) == (1, "intra", "camid", "camid >= 0", [1, 3])
+    assert again.tags == {"größe <b>": [1, 3]} and set(json.loads(state.file.read_text())["views"]) == {"mine", "other"}
+    state.file.write_text("{")
+    with pytest.raises(VireidError, match="is damaged"):
+        again.load("mine")
+    state.file.unlink()
+
+
+def test_half_written_and_foreign_runs(sysu_root, tmp_path):
+    with pytest.raises(VireidError, match="is not a run folder"):
+        InspectorState(tmp_path)
+    run = made_up_run(sysu_root, tmp_path / "a", gaps=(0.5,))
+    info = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").write_text(json.dumps(info | {"format": 0}))
+    with pytest.raises(VireidError, match="format 0"):
+        InspectorState(run.path)
+    (run.path / "config.json").write_text(json.dumps(info))
+    whole = (run.folder(0) / "features.safetensors").read_bytes()
+    (run.folder(0) / "features.safetensors").write_bytes(whole[:200])
+    with pytest.raises(VireidError, match="features are damaged"):
+        InspectorState(run.path).xy()
+    (run.folder(0) / "features.safetensors").unlink()
+    assert InspectorState(run.path).mapped == []
+    text = (run.path / "samples.csv").read_text().splitlines()
+    (run.path / "samples.csv").write_text("\n".join(text[:-3]))
+    with pytest.raises(VireidError, match="of different runs"):
+        InspectorState(run.path)
+    (run.folder(0) / "labels.safetensors").write_bytes(b"")
+    (run.path / "samples.csv").write_text("\n".join(text))
+    with pytest.raises(VireidError, match="labels are damaged"):
+        InspectorState(run.path)
+    (run.folder(0) / "info.json").unlink()
+    with pytest.raises(VireidError, match="keeps no epoch yet"):
+        InspectorState(run.path)
+    (run.path / "samples.csv").unlink()
+    with pytest.raises(VireidError, match="ended before it began"):
+        InspectorState(run.path)
+
+
+def test_runs_that_keep_less(sysu_root, tmp_path):
+    run = made_up_run(sysu_root, tmp_path / "bare", keep=False, ids=False)
+    view = inspect_clusters(run)
+    assert view.map is None and "--keep-features" in "".join(c.value for c in view.children[4].children if hasattr(c, "value"))
+    assert view.pictures.value.count("<img") > 0 and "identities unknown" in view.head.value
+    assert inspect_matches(run).map is None and len(compare_epochs(run, 0, 2).fates)
+    for layout in (inspect_queries, modality_gap_view):
+        with pytest.raises(VireidError, match="--keep-features"):
+            layout(run)
+    nameless = made_up_run(sysu_root, tmp_path / "nameless", gaps=(0.5, 0.2), ids=False)
+    asked = inspect_queries(nameless)
+    assert "no identities" in asked.say.value and "?" in asked.pictures.value and "unknown" not in modality_gap_view(nameless).head.value.replace("identities unknown", "")
+
+
+def test_moved_pictures(run, tmp_path, caplog):
+    state = InspectorState(run, root=tmp_path)
+    assert Image.open(io.BytesIO(state.thumbnails.jpeg(0))).size == (64, 128)
+    assert "pass root=" in caplog.text
+    assert inspect_clusters(state).pictures.value.count("<img") > 0
+
+
+@pytest.mark.parametrize("modality", [0, 1])
+def test_one_modality(tmp_path, modality):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 8)).astype(np.float32)
+    samples = pd.DataFrame({"path": [f"{i}.jpg" for i in range(12)], "modality": modality, "camid": 0, "pid": np.arange(12) // 4})
+    run = small_run(tmp_path / "one", samples, [modality] * 12, np.arange(12) // 6, x / np.linalg.norm(x, axis=1, keepdims=True))
+    assert len(inspect_clusters(run).selected) == 6
+    assert "no cluster of this epoch is matched" in inspect_matches(run).count.value
+    with pytest.raises(VireidError, match="both modalities are needed"):
+        InspectorState(run).queries()
+    with pytest.raises(VireidError, match="modality"):
+        modality_gap_view(run)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_very_few_samples(tmp_path, n):
+    x = np.eye(8, dtype=np.float32)[:n]
+    samples = pd.DataFrame({"path": [f"{i}.jpg" for i in range(n)], "modality": [i % 2 for i in range(n)], "camid": -1, "pid": -1})
+    view = inspect_clusters(small_run(tmp_path / "few", samples, [i % 2 for i in range(n)], np.full(n, -1), x))
+    view.act("method", "umap")  # fewer points than neighbours
+    view.state.select([0])
+    assert len(view.selected) == 1
+    for i in range(4):
+        view.map.gesture(i, [])
+    assert len(view.selected) == 0 and "Drag around" in view.pictures.value
+
+
+def test_names_are_escaped_wherever_html_is_made(tmp_path):
+    root = tmp_path / "run"
+    samples = pd.DataFrame({"path": [NASTY, "b.jpg"] * 4, "modality": [0, 1] * 4, "camid": 0, "pid": [0, 0, 1, 1] * 2})
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    run = small_run(root, samples, [0, 1] * 4, [0] * 8, x / np.linalg.norm(x, axis=1, keepdims=True))
+    said = []
+    for view in (inspect_clusters(run), inspect_matches(run), inspect_queries(run), modality_gap_view(run), compare_epochs(run, 0, 0)):
+        view.state.extra["<script>"] = np.arange(8.0)
+        view.act("colour", "<script>")
+        view.show(0)
+        view.act("where", "<img src=x onerror=alert(1)>")
+        said += [w.value for w in walk(view) if type(w).__name__ == "HTML"]
+    text = "".join(s for s in said if not s.startswith("<style>"))
+    assert html.escape(NASTY) in text and "&lt;script&gt;" in text and "&lt;img src=x" in text
+    assert "<script" not in text and "onerror=alert(1)>" not in text
+    assert set(re.findall(r"</?([a-z0-9]+)", text)) <= {"div", "h3", "b", "span", "i", "figure", "img", "figcaption", "table", "tr", "td"}
+
+
+def walk(widget):
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from walk(child)
+
+
+def test_pictures_outside_the_root_are_not_read(tmp_path):
+    (tmp_path / "root").mkdir()
+    Image.new("RGB", (8, 16), "red").save(tmp_path / "secret.png")
+    (tmp_path / "root/link.png").symlink_to(tmp_path / "secret.png")
+    shown = Thumbnails(tmp_path / "root", ["../secret.png", str(tmp_path / "secret.png"), "link.png", "none.png"])
+    assert len({shown.jpeg(i) for i in range(4)}) == 1  # all grey tiles
+
+
+def test_views_share_a_state(run):
+    state = InspectorState(run)
+    clusters, matches = inspect_clusters(state), inspect_matches(state)
+    clusters.state.select([0, 1, 2])
+    assert len(matches.selected) == 3 and sum(len(t.selectedpoints) for t in matches.map.figure.data[:4]) == 3
+    matches.controls["epoch"].value = 0
+    assert clusters.controls["epoch"].value == 0
+
+
+def test_one_message_a_change(run, monkeypatch):
+    view = inspect_clusters(run)
+    figure, sent = view.map.figure, []
+    monkeypatch.setattr(figure, "_send_update_msg", lambda restyle_data, **_: sent.append(restyle_data))
+    for change in (lambda: view.state.set("epoch", 0), lambda: view.state.set("colour", "camid"), lambda: view.map.follow("selection")):
+        sent.clear()
+        change()
+        coordinates = [name for restyle in sent for name in restyle if name in ("x", "y")]
+        assert len(sent) <= 2  # the map itself, and the selection that a new list brings
+    assert coordinates == []
+
+
+def test_what_is_named_for_one_trace_is_sent_for_all(run, monkeypatch):
+    figure, sent = inspect_clusters(run).map.figure, []
+    monkeypatch.setattr(figure, "_send_update_msg", lambda restyle_data, **_: sent.append(restyle_data))
+    with widgets.together(figure):
+        figure.data[0].marker.size = 9
+        figure.data[2].opacity = 0.5
+    assert {k: len(v) for k, v in sent[0].items()} == {"marker.size": 2, "opacity": 2}
+    assert all(type(v) is not object for values in sent[0].values() for v in values)
+
+
+def test_tuning_equals_clustering(sysu_root):
+    samples = load_catalog(sysu_root, "sysu").train
+    bank = features_for(samples, 0.4)
+    config = ClusterConfig(k1=10, k2=3, joint_k1=12, joint_k2=4, joint_eps=0.5)
+    view = tune_clustering(bank, samples.pid, config)
+    for eps, groups in ((0.3, "none"), (0.7, "camera"), (0.5, "modality")):
+        view.controls["joint_groups"].value = groups
+        view.controls["eps"].value = eps
+        fresh = cross_modality_clustering(bank, replace(view.tuner.config, joint_eps=eps, eps=eps))
+        assert (view.tuner.labels() == fresh.joint).all()
+    with pytest.raises(VireidError, match="one for each is needed"):
+        tune_clustering(bank, samples.pid[:5], config)
+
+
+def test_monitor_in_a_training(sysu_root, tmp_path):
+    from vireid_nb.baseline import baseline_preset
+    from vireid_nb.engine import EngineConfig
+    from vireid_nb.training import BatchConfig, train
+
+    config = baseline_preset("synth")
+    config = replace(config, data=replace(config.data, root=str(sysu_root)), batch=BatchConfig(n_ids=3, n_instances=3, iterations=2), engine=EngineConfig(device="cpu", progress=False), intra_epochs=1, joint_epochs=1, runs=str(tmp_path))
+    shown = []
+    monitor = widgets.Monitor(every=0.0, show=shown.append)
+    train(config, callbacks=[monitor])
+    curves = {(t.meta, t.name): len(t.x) for t in monitor.figure.data}
+    assert len(shown) == 1 and curves[1, "visible"] >= 2 and curves[2, "joint"] == 3 and curves[3, "infrared"] == 3
+    assert issubclass(widgets.Monitor, LiveMonitor)
