@@ -116,7 +116,7 @@ class PseudoLabels:
         for name in ("visible", "infrared", "joint", "modality", *(() if self.matched is None else ("matched",))):
             object.__setattr__(self, name, as_numpy(getattr(self, name), np.int64))
         n = [*((self.modality == m).sum() for m in Modality), len(self.modality), len(self.modality)]
-        got = [len(self.visible), len(self.infrared), len(self.joint), len(self.shared)]
+        got = list(map(len, (self.visible, self.infrared, self.joint, self.shared)))
         require(n == got, f"PseudoLabels: {got} labels (visible, infrared, joint, shared) for {n} samples")
 
     @property
@@ -128,8 +128,7 @@ class PseudoLabels:
     def intra(self) -> np.ndarray:
         "[N] each sample's label within its own modality; both modalities count from 0."
         out = np.empty(len(self.modality), np.int64)
-        out[self.modality == Modality.VISIBLE] = self.visible
-        out[self.modality == Modality.INFRARED] = self.infrared
+        out[self.modality == Modality.VISIBLE], out[self.modality == Modality.INFRARED] = self.visible, self.infrared
         return out
 
     def table(self) -> list:  # (which, clusters, samples, noise share)
