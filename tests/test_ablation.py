@@ -12,7 +12,21 @@ import pandas as pd
 import pytest
 import tyro
 
-from vireid_nb.ablation import ablate_command, ablation_table, config_values, cross, finished, grid_cells, make_jobs, override, parse_value, run_ablation, run_scores, to_markdown, world_values
+from vireid_nb.ablation import (
+    ablate_command,
+    ablation_table,
+    config_values,
+    cross,
+    finished,
+    grid_cells,
+    make_jobs,
+    override,
+    parse_value,
+    run_ablation,
+    run_scores,
+    to_markdown,
+    world_values,
+)
 from vireid_nb.artifacts import Run
 from vireid_nb.backbone import BackboneConfig
 from vireid_nb.baseline import baseline_preset
@@ -95,7 +109,16 @@ def test_a_sweep_is_the_product_and_names_what_varies():
 
 
 def test_jobs_are_refused_before_anything_is_written(tmp_path):
-    for cells, seeds, word in (({"a": {"seed": 1}}, (1,), "--seeds"), ({"a": {"data.root": "x"}}, (1,), "--data"), ({}, (1,), "at least one"), ({"a": {}}, (), "at least one"), ({"a b": {}, "a_b": {}}, (1,), "no two alike"), ({"a": {"synth.unpaired": 3}}, (1,), "from 0 to 1"), ({"a": {"synth.gap": 3}}, (1,), "synth.camera_gap")):  # fmt: skip
+    bad = [
+        ({"a": {"seed": 1}}, (1,), "--seeds"),
+        ({"a": {"data.root": "x"}}, (1,), "--data"),
+        ({}, (1,), "at least one"),
+        ({"a": {}}, (), "at least one"),
+        ({"a b": {}, "a_b": {}}, (1,), "no two alike"),
+        ({"a": {"synth.unpaired": 3}}, (1,), "from 0 to 1"),
+        ({"a": {"synth.gap": 3}}, (1,), "synth.camera_gap"),
+    ]
+    for cells, seeds, word in bad:
         with pytest.raises(VireidError, match=word):
             make_jobs(tiny(), cells, seeds, tmp_path, WORLD)
     with pytest.raises(VireidError, match="leave one of them out"):

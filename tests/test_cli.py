@@ -33,7 +33,7 @@ def run(sysu_root, tmp_path_factory):
 
 def test_help_names_every_command():
     code, out, err = vireid("--help")
-    assert code == 0 and all(name in out for name in ("demo", "synth", "check", "train", "evaluate", "extract", "cluster", "bench"))
+    assert code == 0 and all(name in out for name in ("demo", "synth", "check", "train", "evaluate", "extract", "cluster", "bench", "ablate", "report", "query", "export"))
     code, out, err = vireid("train", "baseline", "--help")
     assert code == 0 and "--cluster.joint-eps" in out and "--resume" in out
 
@@ -76,6 +76,28 @@ def test_extract_then_cluster(run, sysu_root, tmp_path):
     assert code == 0, err
     labels = pd.read_csv(tmp_path / "labels.csv")
     assert list(labels.columns) == ["index", "modality", "camid", "intra", "joint"] and len(labels) == len(load_bank(tmp_path / "both.safetensors"))
+
+
+@pytest.mark.parametrize("method", ["mmm", "dmic"])
+def test_both_papers_on_regdb(method, tmp_path):
+    code, out, err = vireid("synth", tmp_path / "data", "--layout", "regdb", "--n-train-ids", "4", "--n-test-ids", "3")
+    assert code == 0, err
+    where = ["--preset", "synth", "--data.root", tmp_path / "data", "--data.name", "regdb", "--data.trial", "2", "--runs", tmp_path, "--name", "r"]
+    code, out, err = vireid("train", method, *where, *SMALL)
+    assert code == 0, err
+    judged = Run(tmp_path / "r").metrics("eval")
+    assert set(judged.protocol) == {"visible-thermal", "thermal-visible"} and all(p in out for p in set(judged.protocol))
+    assert Run(tmp_path / "r").config["data"]["trial"] == 2
+
+
+def test_report_query_and_ablation(run, sysu_root, tmp_path):
+    code, out, err = vireid("report", run, "-o", tmp_path / "report.html")
+    assert code == 0 and (tmp_path / "report.html").stat().st_size > 10_000, err
+    picture = next((sysu_root / "cam3").rglob("*.jpg"))
+    code, out, err = vireid("query", run, picture, "--gallery", sysu_root / "cam1", "--out", tmp_path / "found.html", "--engine.device", "cpu")
+    assert code == 0 and picture.name in out, err
+    code, out, err = vireid("ablate", "mmm", "nothing")
+    assert code == 2 and "no table 'nothing'" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("eps", ["0", "1", "-0.5"])

@@ -129,13 +129,13 @@ def synth_preset(config: TrainConfig) -> TrainConfig:
         config,
         data=DataConfig(size=(96, 48)),
         model=BackboneConfig(name="tiny"),
-        cluster=replace(config.cluster, k1=20, k2=6, eps=0.4, joint_k1=24, joint_k2=12, joint_eps=0.5),
+        cluster=replace(config.cluster, k1=20, k2=6, eps=0.4, joint_k1=24, joint_k2=24, joint_eps=0.4),
         augment=replace(config.augment, pad=4, erase=0.0),  # a tiny network on small pictures needs what erasing takes away
         batch=BatchConfig(n_ids=8, n_instances=4, iterations=12),
         optim=OptimConfig(lr=6e-4, decay_every=1000),
         momentum=0.8,  # few pictures a batch: an entry made of the last one alone is mostly noise
-        intra_epochs=5,
-        joint_epochs=12,
+        intra_epochs=4,
+        joint_epochs=8,
         eval_every=0,
     )
 

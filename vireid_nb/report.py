@@ -601,25 +601,32 @@ h1{font-size:26px;margin:0 0 2px;overflow-wrap:anywhere}h2{font-size:19px;margin
 .card span{display:block;color:var(--soft);font-size:13px}.card b{font-size:17px;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .grid3{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:20px 24px;align-items:start}.grid4{display:grid;grid-template-columns:repeat(auto-fit,minmax(240px,1fr));gap:18px}
 figure{margin:0;break-inside:avoid}figcaption{font-weight:600;font-size:14px}.unit{font-weight:400}svg{display:block;width:100%;height:auto}
-.legend{display:flex;flex-wrap:wrap;gap:0 14px;font-size:13px;color:var(--soft);min-height:21px}.leg{display:inline-flex;align-items:center;gap:5px;white-space:nowrap}.leg b{color:var(--fg);font-weight:600;font-variant-numeric:tabular-nums}
+.legend{display:flex;flex-wrap:wrap;gap:0 14px;font-size:13px;color:var(--soft);min-height:21px}.leg{display:inline-flex;align-items:center;gap:5px;white-space:nowrap}
+.leg b{color:var(--fg);font-weight:600;font-variant-numeric:tabular-nums}
 svg.key{width:22px;flex:none}.box{width:11px;height:11px;display:inline-block;flex:none;border-radius:2px}.round{border-radius:50%}
 text{font:11px system-ui,sans-serif;fill:var(--soft)}.ty{text-anchor:end}.tx{text-anchor:middle}.grid{stroke:var(--rule)}.mark{stroke:var(--soft);stroke-dasharray:2 3}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}circle{stroke:none}.area{fill-opacity:.35;stroke-width:1.5}.map{background:var(--card);border-radius:8px}
 .dots{fill:none;stroke-width:5;stroke-opacity:.7;stroke-linecap:round}.infrared.dots{stroke-linecap:square;stroke-width:4}.muted{stroke:var(--mute);stroke-opacity:.55}
-.s1 .line,.s1.key .line{stroke-dasharray:7 3}.s2 .line,.s2.key .line{stroke-dasharray:2 2.5}.s3 .line,.s3.key .line{stroke-dasharray:8 3 2 3}.s4 .line{stroke-dasharray:12 3}.s5 .line{stroke-dasharray:4 2}
-.scroll{overflow-x:auto;margin:8px 0;break-inside:avoid}table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}th,td{padding:3px 12px 3px 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
+.s1 .line,.s1.key .line{stroke-dasharray:7 3}.s2 .line,.s2.key .line{stroke-dasharray:2 2.5}.s3 .line,.s3.key .line{stroke-dasharray:8 3 2 3}
+.s4 .line{stroke-dasharray:12 3}.s5 .line{stroke-dasharray:4 2}
+.scroll{overflow-x:auto;margin:8px 0;break-inside:avoid}table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
+th,td{padding:3px 12px 3px 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
 tbody th{font-weight:400;overflow-wrap:anywhere}thead th{color:var(--soft);font-weight:600}.n{text-align:right;white-space:nowrap;padding:3px 6px 3px 14px}
-.barline{display:flex;gap:12px;align-items:center;margin:4px 0;font-size:13.5px}.barline span{min-width:110px;max-width:260px;overflow-wrap:anywhere}.bar{flex:1;display:flex;height:16px;border-radius:4px;overflow:hidden}.bar i{display:block}
+.barline{display:flex;gap:12px;align-items:center;margin:4px 0;font-size:13.5px}.barline span{min-width:110px;max-width:260px;overflow-wrap:anywhere}
+.bar{flex:1;display:flex;height:16px;border-radius:4px;overflow:hidden}.bar i{display:block}
 .beside{display:grid;grid-template-columns:minmax(300px,360px) 1fr;gap:24px;align-items:start}.gap{align-self:center;color:var(--soft);font-size:13px;flex:none;width:52px;text-align:right;padding-right:4px;white-space:nowrap}
-.query{width:72px}.query img{margin:0 auto}.strip{display:flex;gap:7px;align-items:flex-start;margin:10px 0;overflow-x:auto;break-inside:avoid}.strip figure{flex:none;text-align:center}.strip img{display:block;height:96px;border:3px solid var(--rule);border-radius:5px}
-.strip figcaption{font-weight:400;font-size:12px;color:var(--soft)}.query figcaption{color:var(--fg)}.strip .right img{border-color:var(--good)}.strip .wrong img{border:3px dashed var(--bad)}.right figcaption{color:var(--good)}.wrong figcaption{color:var(--bad)}
+.query{width:72px}.query img{margin:0 auto}.strip{display:flex;gap:7px;align-items:flex-start;margin:10px 0;overflow-x:auto;break-inside:avoid}
+.strip figure{flex:none;text-align:center}.strip img{display:block;height:96px;border:3px solid var(--rule);border-radius:5px}
+.strip figcaption{font-weight:400;font-size:12px;color:var(--soft)}.query figcaption{color:var(--fg)}.strip .right img{border-color:var(--good)}
+.strip .wrong img{border:3px dashed var(--bad)}.right figcaption{color:var(--good)}.wrong figcaption{color:var(--bad)}
 .facts{width:98px;flex:none;font-size:12.5px;color:var(--soft);padding:2px 6px}.facts *{display:block}.facts b{color:var(--fg);font-size:14px}
 summary{cursor:pointer;color:var(--c0);margin:6px 0}footer{margin-top:50px;color:var(--soft);font-size:13px}
 @media (max-width:720px){.beside{grid-template-columns:1fr}}
-@media print{body{max-width:none;padding:0;font-size:12px}.grid3{grid-template-columns:repeat(2,1fr)}table{font-size:10.5px}.n{padding-left:7px}.scroll,.strip{overflow:visible}.strip{gap:4px}.strip img{height:78px}.facts{width:84px}.gap{width:44px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+@media print{body{max-width:none;padding:0;font-size:12px}.grid3{grid-template-columns:repeat(2,1fr)}table{font-size:10.5px}
+.n{padding-left:7px}.scroll,.strip{overflow:visible}.strip{gap:4px}.strip img{height:78px}.facts{width:84px}.gap{width:44px}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """ + "".join(f".s{i}{{stroke:var(--c{i});fill:var(--c{i})}}i.s{i}{{background:var(--c{i})}}" for i in range(8))
 
-
+# %% ../nbs/74_report.ipynb #c57510f8
 def page(title: str, *body) -> Html:
     "A whole HTML file that may neither fetch nor run anything."
     policy = el("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'; img-src data:")
@@ -644,7 +651,8 @@ def opened(runs) -> tuple:  # ({name: Run}, [what could not be opened])
 
 def sections(runs: dict, root) -> list:
     "The parts of the page in reading order."
-    across = "Infrared training pictures ask for visible ones under the camera rule of the data set: the worst query of each of the worst-served people, the most similar pictures first. Green and ✓: right; red, dashed and ✗: wrong; with its similarity. At the end the best right answer, and its place."
+    across = "Infrared training pictures ask for visible ones under the camera rule of the data set: the worst query of each of the worst-served people, the most similar pictures first."
+    across += " Green and ✓: right; red, dashed and ✗: wrong; with its similarity. At the end the best right answer, and its place."
     part = lambda title, about, build, *args: section(title, about, attempt(build, *args))
     return [
         part("In a nutshell", "From the first value to the last; scores in percent.", nutshell, runs),
