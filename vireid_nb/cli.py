@@ -309,8 +309,8 @@ def demo(
             tables.append(demo_row(run, label, config.epochs))
             runs.append(run)
             print(f"{run.path}: seconds {stage_seconds(run)}")
-        tables.append(demo_row(run, "start", 0))
-    print(demo_table(tables).to_string())
+    starts = [demo_row(run, "start", 0) for run in runs[:: len(demo_models())]]  # every method starts from the same weights
+    print(demo_table(starts + tables).to_string())
     print(f"run folders: {', '.join(str(run.path) for run in runs)}\nreport: {report(runs[: len(demo_models())], out / 'report.html')}")
     return 0
 
