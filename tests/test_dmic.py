@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from same_run import numbers, same, weights
 
 from vireid_nb.backbone import BackboneConfig, build_backbone
 from vireid_nb.catalog import load_catalog
@@ -162,19 +162,6 @@ def small(root, runs, name="run", data="sysu", cluster={}, **more):
             **more,
         },
     )
-
-
-def numbers(run):
-    "Every logged event but the seconds."
-    return [e for e in run.events() if e["event"] != "seconds"]
-
-
-def weights(run):
-    return load_file(run.checkpoint / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def as_csv(root, goal, camid):

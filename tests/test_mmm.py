@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from same_run import numbers, same, weights
 
 from vireid_nb import training
 from vireid_nb.backbone import BackboneConfig
@@ -137,18 +137,6 @@ def small(root, runs, recipe="paper", data="sysu", **more):
             place = getattr(place, part)
         setattr(place, name, value)
     return config
-
-
-def numbers(run):
-    return [e for e in run.events() if e["event"] != "seconds"]
-
-
-def weights(run):
-    return load_file(run.checkpoint / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def loss_names(run):

@@ -10,8 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import load_file
+from same_run import numbers, same, weights
 
 from vireid_nb.artifacts import Run
 from vireid_nb.backbone import BackboneConfig, build_backbone
@@ -36,19 +35,6 @@ def small(root, runs, name="run", data="sysu", **more):
         name=name,
         **{"intra_epochs": 1, "joint_epochs": 2, **more},
     )
-
-
-def numbers(run):
-    "Every logged event but the seconds."
-    return [e for e in run.events() if e["event"] != "seconds"]
-
-
-def weights(run):
-    return load_file(run.checkpoint / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'LABELS', 'COUNTS', 'config_values', 'world_values', 'parse_value', 'known_value', 'override',
            'grid_cells', 'cross', 'world_folder', 'draw_world', 'Job', 'make_jobs', 'finished', 'run_job', 'run_scores',
-           'ablation_table', 'to_markdown', 'write_ablation', 'run_ablation', 'ablate_command']
+           'mean_spread', 'ablation_table', 'to_markdown', 'write_ablation', 'run_ablation', 'ablate_command']
 
 # %% ../nbs/69_ablation.ipynb #fb679e53
 import difflib
@@ -220,14 +220,18 @@ def run_scores(run: Run, protocols: tuple = ()) -> dict:  # {column: number}; sc
     return out | {title: 100 * number(key) for key, title in LABELS.items()} | {title: number(key) for key, title in COUNTS.items()}
 
 # %% ../nbs/69_ablation.ipynb #90901668
+def mean_spread(values) -> str:
+    "Mean, and behind ± the standard deviation over seeds when there are several; a dash for nothing."
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "") if len(values) else "–"
+
+
 def ablation_table(runs: pd.DataFrame) -> pd.DataFrame:  # runs: one row a training: cell, seed, error, then numbers
     "Mean ± standard deviation over seeds, a row a cell."
     columns = runs.columns[runs.columns.get_loc("error") + 1 :]
     rows = {}
     for label, group in runs.groupby("cell", sort=False):
         group = group[group.error == ""]
-        show = lambda v: f"{v.mean():.1f}" + (f" ± {v.std():.1f}" if len(v) > 1 else "") if len(v) else "–"
-        rows[label or "(as it is)"] = {c: show(group[c].dropna()) for c in columns} | {"runs": len(group)}
+        rows[label or "(as it is)"] = {c: mean_spread(group[c].dropna()) for c in columns} | {"runs": len(group)}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/69_ablation.ipynb #eb8bcf47

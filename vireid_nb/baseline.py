@@ -16,8 +16,7 @@ import torch
 from .backbone import BackboneConfig
 from .memories import ClusterMemory, cluster_means, joint_means
 from .records import FeatureBank, Modality, PseudoLabels, log, n_clusters, require
-from .sampling import joint_batches
-from .training import BatchConfig, DataConfig, Learner, Method, OptimConfig, TrainConfig, intra_pairs, phase_at
+from .training import BatchConfig, DataConfig, Learner, Method, OptimConfig, TrainConfig, intra_pairs, joint_pairs, phase_at
 
 # %% ../nbs/66_baseline.ipynb #fa705b83
 def modality_memories(learner: Learner, bank: FeatureBank, labels: PseudoLabels) -> dict:  # {Modality: ClusterMemory}
@@ -59,12 +58,7 @@ def joint_steps(
 ) -> Iterator[dict]:
     "Steps of the second stage: visible and infrared pictures of one joint cluster against one memory (CMC); none when no cluster holds both."
     config, device = learner.config, learner.engine.device
-    pairs = list(
-        joint_batches(
-            joint, bank.modality, bank.camid, n_ids=config.batch.n_ids, n_instances=config.batch.n_instances,
-            n_batches=config.batch.iterations, generator=learner.sampler(name, epoch),
-        )
-    )
+    pairs = joint_pairs(learner, bank, joint, epoch, name)
     if not pairs:
         return
     memory = ClusterMemory(joint_means(bank.features, joint, bank.modality), temperature=config.temperature, momentum=config.momentum).to(device)

@@ -23,7 +23,7 @@ import pandas as pd
 import tyro
 
 from . import baseline, dmic, mmm
-from .ablation import ablate_command
+from .ablation import ablate_command, mean_spread
 from .artifacts import Run
 from .baseline import BaselineConfig, baseline_preset
 from .bench import BENCHES
@@ -280,9 +280,8 @@ def demo_row(run: Run, label: str, epochs: int) -> pd.DataFrame:
 def demo_table(tables: list) -> pd.DataFrame:
     "One line a model and protocol; over several seeds the mean and, behind ±, the standard deviation."
     rows = pd.concat(tables).groupby(["protocol", "model"], sort=False).agg(list).drop(columns="epochs")
-    show = lambda v: f"{np.mean(v):.1f}" + (f" ± {np.std(v, ddof=1):.1f}" if len(v) > 1 else "")
     order = ["start", *demo_models()]
-    return rows.map(show).reindex(order, level="model").sort_index(level="protocol", sort_remaining=False)
+    return rows.map(mean_spread).reindex(order, level="model").sort_index(level="protocol", sort_remaining=False)
 
 # %% ../nbs/80_cli.ipynb #2ee8f60b
 def demo(

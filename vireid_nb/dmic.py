@@ -18,9 +18,8 @@ from .baseline import alternate, baseline_preset, synth_preset
 from .clustering import CLUSTER_PRESETS, ClusterConfig, cross_modality_clustering
 from .hmcl import LEVELS, HybridMemory
 from .records import FeatureBank, Modality, PseudoLabels, log, n_clusters, seeded_torch
-from .sampling import joint_batches
 from .schedules import DNC_PRESETS, DncConfig, Neighborhood
-from .training import BatchConfig, Learner, Method, TrainConfig, intra_pairs, phase_at
+from .training import BatchConfig, Learner, Method, TrainConfig, intra_pairs, joint_pairs, phase_at
 
 # %% ../nbs/68_dmic.ipynb #f94d3536
 def known_groups(
@@ -134,13 +133,11 @@ class Dmic(Method):
 
     def steps(self, learner: Learner, bank: FeatureBank, labels: PseudoLabels, epoch: int) -> Iterator[dict]:
         "First phase: each modality against its memories (HMCL). Second phase: in turn with joint batches against the joint ones."
-        stage, hmcl, batch = phase_at(self.config, epoch)[0], self.config.hmcl, self.config.batch
+        stage, hmcl = phase_at(self.config, epoch)[0], self.config.hmcl
         sides = {m.title: np.where(bank.modality == m, labels.intra, -1) for m in Modality}
         streams = {"intra": (sides, intra_pairs(learner, bank, labels, epoch))}
         if stage == "joint" and hmcl.phase2 != "none":
-            sizes = dict(n_ids=batch.n_ids, n_instances=batch.n_instances, n_batches=batch.iterations)
-            pairs = list(joint_batches(labels.joint, bank.modality, bank.camid, **sizes, generator=learner.sampler("joint", epoch)))
-            streams["joint"] = ({"joint": labels.joint}, pairs)
+            streams["joint"] = ({"joint": labels.joint}, joint_pairs(learner, bank, labels.joint, epoch))
         weights = hmcl.weights(stage)
         memories = {name: hybrid_memories(learner, bank, y, tuple(weights), epoch) for name, (y, _) in streams.items()}
         return alternate(*(hybrid_steps(learner, memories[name], weights, pairs, epoch, name) for name, (_, pairs) in streams.items()))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'PALETTE', 'GREY', 'RAMP', 'samples_of', 'labels_of', 'KeptFeatures', 'spread', 'overlaps', 'track_clusters',
-           'cluster_fates', 'majority', 'cluster_links', 'neighbour_table', 'Colouring', 'steps', 'colour_by',
+           'cluster_fates', 'cluster_links', 'neighbour_table', 'Colouring', 'steps', 'colour_by', 'jpeg', 'data_uri',
            'Thumbnails', 'Views', 'tracked_names', 'Filtered', 'Selection', 'ClusterQuestions', 'Questions', 'Saved',
            'Settable', 'Watched', 'Facts', 'InspectorState']
 
@@ -27,6 +27,7 @@ from scipy.optimize import linear_sum_assignment
 from .artifacts import Run, jsonable
 from .catalog import read_image
 from .evaluation import camera_rule, per_query_metrics
+from .matching import majority
 from .projection import project_epochs
 from .records import FeatureBank, Modality, PseudoLabels, VireidError, as_numpy, atomic_path, log, require
 
@@ -143,13 +144,6 @@ def _others(shared: np.ndarray, old: np.ndarray, cluster: int, j: int, grown: np
     return bool((shared[old != cluster, j] >= SHARE * grown[j]).any())
 
 # %% ../nbs/70_inspector.ipynb #b814fd7d
-def majority(labels: np.ndarray, pids: np.ndarray) -> dict:  # {cluster: the identity most of its samples have, -1 when unknown}
-    "Whom each cluster mostly shows."
-    known = (labels >= 0) & (pids >= 0)
-    counts = pd.Series(pids[known]).groupby(labels[known]).agg(lambda p: p.mode().iloc[0])
-    return {int(c): int(counts.get(c, -1)) for c in np.unique(labels[labels >= 0])}
-
-
 def cluster_links(
     labels: PseudoLabels,
     pids=None,  # [N] identities, -1 unknown
@@ -247,6 +241,18 @@ def colour_by(
     return Colouring(codes, steps((*PALETTE, GREY)), -0.5, len(PALETTE) + 0.5, legend if len(legend) <= 12 else [], title)
 
 # %% ../nbs/70_inspector.ipynb #cccf61a7
+def jpeg(picture: Image.Image) -> bytes:
+    "A picture in a few kilobytes."
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+def data_uri(data: bytes) -> str:  # data: of `jpeg`
+    "An address for an <img> that holds the picture itself."
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+# %% ../nbs/70_inspector.ipynb #76e7e36e
 class Thumbnails:
     "Small pictures of the samples, made when asked for and kept."
 
@@ -271,13 +277,11 @@ class Thumbnails:
         except VireidError:
             picture = Image.new("RGB", (self.height // 2, self.height), GREY)
             ImageDraw.Draw(picture).text((self.height // 4, self.height // 2), "no\npicture", fill="#ffffff", anchor="mm", align="center")
-        out = io.BytesIO()
-        picture.save(out, "JPEG", quality=85)
-        return out.getvalue()
+        return jpeg(picture)
 
     def uri(self, row: int) -> str:
         "A data: address for an <img>."
-        return "data:image/jpeg;base64," + base64.b64encode(self.jpeg(int(row))).decode()
+        return data_uri(self.jpeg(int(row)))
 
 # %% ../nbs/70_inspector.ipynb #d0354416
 class Views:

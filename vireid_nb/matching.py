@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'RESTARTS', 'READINGS', 'RULES', 'sub_memories', 'matching_cost', 'match_clusters', 'MatchReport',
-           'match_report', 'match_labels', 'pairs_agree', 'pairs_right']
+           'match_report', 'match_labels', 'majority', 'pairs_agree', 'pairs_right']
 
 # %% ../nbs/36_matching.ipynb #ce391df4
 from dataclasses import asdict, dataclass
@@ -268,14 +268,11 @@ def match_labels(
     return matched, report
 
 # %% ../nbs/36_matching.ipynb #20462b38
-def _majority(labels: np.ndarray, pids: np.ndarray) -> np.ndarray:
-    "[K] commonest known identity of every cluster, the smaller of equals; -1 where none is known."
+def majority(labels: np.ndarray, pids: np.ndarray) -> dict:  # {cluster: the identity most of its samples have, the smaller of equals; -1 when unknown}
+    "Whom each cluster mostly shows."
     known = (labels >= 0) & (pids >= 0)
-    (cluster, pid), count = np.unique(np.stack([labels[known], pids[known]]), axis=1, return_counts=True)
-    out = np.full(labels.max(initial=-1) + 1, -1, np.int64)
-    order = np.lexsort((-pid, count))  # the last write wins: the commonest, and of equals the smallest
-    out[cluster[order]] = pid[order]
-    return out
+    counts = pd.Series(pids[known]).groupby(labels[known]).agg(lambda p: p.mode().iloc[0])
+    return {int(c): int(counts.get(c, -1)) for c in np.unique(labels[labels >= 0])}
 
 
 def pairs_agree(
@@ -284,10 +281,10 @@ def pairs_agree(
     pids,  # [N] true identities of the whole bank, -1 = unknown
 ) -> np.ndarray:  # [P] bool
     "Which pairs are of clusters with the same commonest identity; an unknown identity agrees with nothing."
-    pids, pairs = as_numpy(pids, np.int64), np.array(report.pairs, np.int64).reshape(-1, 2)
+    pids = as_numpy(pids, np.int64)
     require(len(pids) == len(labels.modality), f"pairs_agree: {len(pids)} identities for {len(labels.modality)} samples; one for each row of the bank is needed")
-    visible, infrared = (_majority(y, pids[labels.modality == m]) for m, y in ((Modality.VISIBLE, labels.visible), (Modality.INFRARED, labels.infrared)))
-    return (visible[pairs[:, 0]] == infrared[pairs[:, 1]]) & (visible[pairs[:, 0]] >= 0)
+    visible, infrared = (majority(y, pids[labels.modality == m]) for m, y in ((Modality.VISIBLE, labels.visible), (Modality.INFRARED, labels.infrared)))
+    return np.array([visible[v] == infrared[r] >= 0 for v, r in report.pairs], bool)
 
 
 def pairs_right(report: MatchReport, labels: PseudoLabels, pids) -> int:  # as `pairs_agree`

@@ -8,8 +8,8 @@ __all__ = ['EMPTY', 'COLOURS', 'WIDTH', 'HEIGHT', 'LEFT', 'RIGHT', 'TOP', 'BOTTO
            'table', 'missing', 'Chart', 'ticks', 'tick_texts', 'reach', 'colour_numbers', 'axes', 'value_text',
            'line_chart', 'Story', 'events_of', 'curves', 'overlaid', 'dots', 'histogram', 'attempt', 'each', 'section',
            'headline', 'percent', 'fromto', 'nutshell', 'cards', 'all_curves', 'evaluations', 'label_scores', 'seconds',
-           'kept_features', 'map_section', 'gap_section', 'match_section', 'query_section', 'flat', 'config_section',
-           'page', 'opened', 'sections', 'report', 'report_command']
+           'kept_features', 'map_section', 'gap_section', 'match_section', 'query_section', 'config_section', 'page',
+           'opened', 'sections', 'report', 'report_command']
 
 # %% ../nbs/74_report.ipynb #4550be7b
 import html
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from .artifacts import Run
+from .artifacts import Run, flat
 from .inspector import InspectorState, KeptFeatures, Thumbnails, cluster_links, labels_of, samples_of, spread
 from .projection import EDGES, modality_gap, project_epochs
 from .records import Modality, VireidError, atomic_path, log, n_clusters, require
@@ -518,7 +518,6 @@ def match_section(run: Run) -> Html:
     if links is None:
         return join(remarks)
     chart = line_chart(Chart("Matched clusters", "", {"matches": pairs} | ({"right": right} if right else {})))
-    report = labels.info.get("matching") or {}
     facts = {"matches at the end": len(links), "of these right": right[-1][1] if right else "identities not known"}
     facts |= {f"{m} clusters": n_clusters(getattr(labels, m)) for m in ("visible", "infrared")}
     report = labels.info.get("matching") or {}
@@ -564,14 +563,6 @@ def query_section(run: Run, root=None, n: int = 8, k: int = 10) -> Html:
     return join([mean, gone, table(shown.set_index("path")[["person", "camera", "AP", "first right at", "matches"]].astype({"first right at": int}), "picture")])
 
 # %% ../nbs/74_report.ipynb #3c49f27b
-def flat(values: dict, at: str = "") -> dict:
-    "Nested values under dotted names."
-    out = {}
-    for k, v in values.items():
-        out |= flat(v, f"{at}{k}.") if isinstance(v, dict) else {at + str(k): v}
-    return out
-
-
 def config_section(runs: dict) -> Html:
     "What differs between runs, then everything, folded."
     def gathered(of):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DataConfig', 'BatchConfig', 'OptimConfig', 'TrainConfig', 'phase_at', 'learning_rate', 'Batch', 'Embeddings',
-           'Learner', 'intra_pairs', 'Method', 'judge_features', 'Session', 'check_same', 'make_optimizer', 'run_path',
-           'open_session', 'label_samples', 'learn', 'restore', 'load_model', 'judge', 'run_epoch', 'train']
+           'Learner', 'intra_pairs', 'joint_pairs', 'Method', 'judge_features', 'Session', 'check_same',
+           'make_optimizer', 'run_path', 'open_session', 'label_samples', 'learn', 'restore', 'load_model', 'judge',
+           'run_epoch', 'train']
 
 # %% ../nbs/64_training.ipynb #169df945
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .artifacts import Run, jsonable, rewind
+from .artifacts import Run, flat, jsonable, rewind
 from .backbone import BackboneConfig, build_backbone
 from .catalog import Catalog, load_catalog, trials
 from .clustering import ClusterConfig, cross_modality_clustering
@@ -25,7 +26,7 @@ from .engine import Engine, EngineConfig, Stopwatch, load_checkpoint, peak_memor
 from .evaluation import evaluate_trials, pseudo_label_scores
 from .features import extract
 from .records import FeatureBank, Modality, PseudoLabels, log, recover, require, seeded, seeded_torch
-from .sampling import intra_batches
+from .sampling import intra_batches, joint_batches
 from .transforms import AugmentConfig, ImageStore, batches_ahead, infrared_view, visible_views
 
 # %% ../nbs/64_training.ipynb #2eedbda9
@@ -173,6 +174,15 @@ def intra_pairs(learner: Learner, bank: FeatureBank, labels: PseudoLabels, epoch
     n = max(map(len, sides))
     return list(zip(*(s or [none] * n for s in sides)))
 
+
+def joint_pairs(learner: Learner, bank: FeatureBank, joint: np.ndarray, epoch: int, name: str = "joint") -> list:  # joint: [N] labels; [(visible, infrared)]
+    "An epoch's batches for learning across modalities; empty when no cluster holds both. `name` is that of the random numbers."
+    config = learner.config.batch
+    sizes = dict(n_ids=config.n_ids, n_instances=config.n_instances, n_batches=config.iterations)
+    return list(joint_batches(joint, bank.modality, bank.camid, **sizes, generator=learner.sampler(name, epoch)))
+
+
+
 # %% ../nbs/64_training.ipynb #a41ed3c6
 class Method:
     "What distinguishes one paper from another; the base class only clusters."
@@ -233,7 +243,6 @@ class Session:
 
 def check_same(run: Run, config: TrainConfig) -> None:
     "Refuse to resume a run under another configuration."
-    flat = lambda d, at="": {k: v for n, x in d.items() for k, v in (flat(x, f"{at}{n}.") if isinstance(x, dict) else {at + n: x}).items()}
     old, new = flat(run.config), flat(jsonable(config))
     differ = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not k.startswith(("engine.progress", "runs", "name"))]
     require(not differ, f"{run.path} was begun with other values ({'; '.join(differ[:4])}); resume with the same ones, or choose another --name")

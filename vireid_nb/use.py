@@ -8,7 +8,6 @@ __all__ = ['FORMATS', 'TOLERANCE', 'as_modality', 'as_store', 'nearest', 'Embedd
            'sample_pictures', 'differences', 'card', 'export_run', 'export']
 
 # %% ../nbs/76_use.ipynb #027db5d4
-import base64
 import hashlib
 import html
 import io
@@ -30,6 +29,7 @@ from .artifacts import Run, versions
 from .catalog import IMAGE_SUFFIXES, WORDS, FileTree, guess_layout, images, load_catalog, read_image
 from .engine import EngineConfig, resolve
 from .features import extract
+from .inspector import data_uri, jpeg
 from .records import Modality, as_numpy, atomic_path, log, require
 from .training import load_model
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, ImageStore, at_size
@@ -163,10 +163,9 @@ figure:first-child{margin-right:16px}figure:first-child img{outline:3px solid #3
 
 def thumbnail(path, height: int = 144) -> str:  # height: pixels, at most
     "A picture as a data URI; raises `VireidError` when it is broken."
-    picture, out = read_image("", path), io.BytesIO()
+    picture = read_image("", path)
     picture.thumbnail((2 * height, height))
-    picture.save(out, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    return data_uri(jpeg(picture))
 
 
 def _figure(path: str, head: str, name: str) -> str:
