@@ -121,11 +121,88 @@ def test_state_comes_back(run):
     again = InspectorState(run.path)
     again.load("mine")
     assert (again.epoch, again.which, again.colour, again.where, again.chosen.tolist()) == (1, "intra", "camid", "camid >= 0", [1, 3])
-    assert again.tags == {"größe <b>": [1, 3]} and set(json.loads(state.file.read_text())["views"]) == {"mine", "other"}
-    state.file.write_text("{")
-    with pytest.raises(VireidError, match="is damaged"):
-        again.load("mine")
+    assert again.tags == {"größe <b>": [1, 3]} and set(json.loads(state.file.read_text(encoding="utf-8"))["views"]) == {"mine", "other"}
+    state.select([5])
+    state.tag("one")  # what one layout keeps, another neither misses nor overwrites
+    assert again.recall("one").tolist() == [5] and again.recall("größe <b>").tolist() == [1, 3] and set(again.kept["views"]) == {"mine", "other"}
+    state.select()
+    for deed, words in ((lambda: state.tag("none"), "nothing is chosen"), (lambda: state.tag(" "), "needs a name"), (lambda: state.save(""), "needs a name"), (lambda: state.recall("x"), "holds no tag 'x'")):
+        with pytest.raises(VireidError, match=words):
+            deed()
     state.file.unlink()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'{"tags": []}', b"\xff\xfe", b'{"samples": 3}', b'{"views": {"mine": {}}}'])
+def test_a_damaged_file_of_tags_stops_nobody(run, content):
+    state = InspectorState(run)
+    state.file.write_bytes(content)
+    with pytest.raises(VireidError, match="is damaged|is of 3 samples"):
+        state.load("mine")
+    view = inspect_clusters(run)  # opens
+    view.keep.name.value = "x"
+    view.keep.tag.click()
+    assert ("inspector.json" in view.keep.said.value) != ("tagged" in view.keep.said.value)
+    state.file.unlink()
+
+
+def test_tags_and_views_by_button(run):
+    clusters, matches = inspect_clusters(run), inspect_matches(run)
+    held = clusters.state.chosen.tolist()
+    clusters.keep.tag.click()
+    assert "needs a name" in clusters.keep.said.value
+    clusters.keep.name.value = NASTY
+    clusters.keep.tag.click()
+    assert "<script" not in clusters.keep.said.value and html.escape(NASTY) in clusters.keep.said.value
+    clusters.controls["epoch"].value = 0
+    clusters.keep.name.value = "early"
+    clusters.keep.view.click()
+    again = inspect_clusters(run)
+    assert [words for words, _ in again.keep.back.options] == ["choose ...", f"tag: {NASTY}", "view: early"]
+    again.keep.back.value = ("views", "early")
+    assert again.state.epoch == again.controls["epoch"].value == 0 and again.state.chosen.tolist() == clusters.state.chosen.tolist()
+    again.keep.back.value = ("tags", NASTY)
+    assert again.state.chosen.tolist() == held and again.keep.back.value == "" and again.pictures.value.count("<img") == len(held)
+    matches.keep.name.value = "early"
+    matches.keep.tag.click()
+    assert set(InspectorState(run).tags) == {NASTY, "early"}
+    clusters.state.file.unlink()
+
+
+@pytest.mark.parametrize("layout", [inspect_clusters, inspect_matches, inspect_queries, modality_gap_view, lambda run: compare_epochs(run, 0, 2)])
+def test_a_click_shows_the_point_or_its_neighbours(run, layout):
+    view = layout(run)
+    pane, sample = view.map, 7
+    trace = next(i for i, rows in enumerate(pane.rows) if sample in rows)
+    pane.clicked(sample)
+    assert view.state.caption(sample).split(",")[0] in html.unescape(view.card.value) and sample in view.state.chosen
+    view.controls["click"].value = "near"
+    pane.clicked(sample)
+    near = [view.state.neighbours(sample, 10, m) for m in Modality]
+    assert set(view.state.chosen) == {sample, *near[0].index, *near[1].index} and view.pictures.value.count("<img") == 22
+    assert [int(n) for n in re.findall(r"(\d+) of them mutual", view.pictures.value)] == [n.reciprocal.sum() for n in near]
+    assert sample in pane.rows[trace][list(pane.figure.data[trace].selectedpoints)]
+    view.state.select([0, 1])
+    assert "mutual" not in view.pictures.value and view.pictures.value.count("<img") >= 2
+    view.clicked(sample)
+    view.state.set("which", "intra")  # other labels: what is shown follows
+    assert view.near is None
+
+
+def test_panes_ring_and_zoom_together(run):
+    view = compare_epochs(run, 0, 2)
+    view.left.hovered(9)
+    ring = view.map.figure.layout.annotations[0]
+    assert (ring.x, ring.y) == pytest.approx(tuple(view.state.xy(2)[9])) and not view.left.figure.layout.annotations
+    assert view.state.caption(9).split(",")[0] in html.unescape(view.card.value)
+    view.left.figure.layout.xaxis.range, view.left.figure.layout.yaxis.range = (0, 0.5), (0.1, 0.6)
+    assert view.map.figure.layout.xaxis.range == (0, 0.5) and view.map.figure.layout.yaxis.range == (0.1, 0.6)
+    view.map.figure.update_layout(xaxis_range=(-1, 1))
+    assert view.left.figure.layout.xaxis.range == (-1, 1)
+
+
+def test_no_figure_offers_to_send_data_away(run):
+    for figure in (inspect_clusters(run).map.figure, modality_gap_view(run).curves):
+        assert figure._config["showSendToCloud"] is False
 
 
 def test_half_written_and_foreign_runs(sysu_root, tmp_path):
@@ -186,7 +263,14 @@ def test_one_modality(tmp_path, modality):
     x = rng.normal(size=(12, 8)).astype(np.float32)
     samples = pd.DataFrame({"path": [f"{i}.jpg" for i in range(12)], "modality": modality, "camid": 0, "pid": np.arange(12) // 4})
     run = small_run(tmp_path / "one", samples, [modality] * 12, np.arange(12) // 6, x / np.linalg.norm(x, axis=1, keepdims=True))
-    assert len(inspect_clusters(run).selected) == 6
+    view = inspect_clusters(run)
+    assert len(view.selected) == 6
+    view.controls["click"].value = "near"
+    view.clicked(0)
+    assert len(view.selected) == 11 and "the 0 nearest" in view.pictures.value  # ten of its kind, none of the other
+    assert len(compare_epochs(run, 0, 0).fates) == 2
+    with pytest.raises(VireidError, match="modalit"):
+        tune_clustering(InspectorState(run).bank())
     assert "no cluster of this epoch is matched" in inspect_matches(run).count.value
     with pytest.raises(VireidError, match="both modalities are needed"):
         InspectorState(run).queries()
@@ -208,7 +292,7 @@ def test_very_few_samples(tmp_path, n):
 
 
 def test_names_are_escaped_wherever_html_is_made(tmp_path):
-    root = tmp_path / "run"
+    root = tmp_path / "<script>'r\"un' größe"
     samples = pd.DataFrame({"path": [NASTY, "b.jpg"] * 4, "modality": [0, 1] * 4, "camid": 0, "pid": [0, 0, 1, 1] * 2})
     x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     run = small_run(root, samples, [0, 1] * 4, [0] * 8, x / np.linalg.norm(x, axis=1, keepdims=True))
@@ -218,9 +302,13 @@ def test_names_are_escaped_wherever_html_is_made(tmp_path):
         view.act("colour", "<script>")
         view.show(0)
         view.act("where", "<img src=x onerror=alert(1)>")
+        view.neighbours(0)
+        view.keep.name.value = "<script>"
+        view.keep.tag.click()
         said += [w.value for w in walk(view) if type(w).__name__ == "HTML"]
     text = "".join(s for s in said if not s.startswith("<style>"))
     assert html.escape(NASTY) in text and "&lt;script&gt;" in text and "&lt;img src=x" in text
+    assert "tagged 8 as &lt;script&gt;" in text and html.escape(root.name) in text
     assert "<script" not in text and "onerror=alert(1)>" not in text
     assert set(re.findall(r"</?([a-z0-9]+)", text)) <= {"div", "h3", "b", "span", "i", "figure", "img", "figcaption", "table", "tr", "td"}
 

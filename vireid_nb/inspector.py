@@ -6,7 +6,7 @@
 __all__ = ['SHARE', 'PALETTE', 'GREY', 'RAMP', 'samples_of', 'labels_of', 'KeptFeatures', 'spread', 'overlaps', 'track_clusters',
            'cluster_fates', 'cluster_links', 'neighbour_table', 'Colouring', 'steps', 'colour_by', 'jpeg', 'data_uri',
            'Thumbnails', 'Views', 'tracked_names', 'Filtered', 'Selection', 'ClusterQuestions', 'Questions', 'Saved',
-           'Settable', 'Watched', 'Facts', 'InspectorState']
+           'Kept', 'Settable', 'Watched', 'Facts', 'InspectorState']
 
 # %% ../nbs/70_inspector.ipynb #c24f28af
 import base64
@@ -457,36 +457,65 @@ class Saved:
         "Where they are kept."
         return self.run.path / "inspector.json"
 
-    def tag(self, name: str) -> None:
-        "Name the present selection."
-        require(bool(name.strip()), "a tag needs a name")
-        self.tags[name] = self.chosen.tolist()
+    @property
+    def kept(self) -> dict:  # samples: how many; tags: {name: rows}; views: {name: what was looked at}
+        "What the file holds; raises `VireidError` when it is damaged or of other samples."
+        blank = {"samples": len(self.samples), "tags": {}, "views": {}}
+        try:
+            held = blank | (dict(json.loads(self.file.read_text(encoding="utf-8"))) if self.file.is_file() else {})
+            whole = all(isinstance(held[part], dict) for part in ("tags", "views"))
+        except (ValueError, TypeError, OSError) as e:
+            raise VireidError(f"{self.file} is damaged ({e}); remove it") from e
+        require(whole, f"{self.file} is damaged (no tags and views in it); remove it")
+        require(held["samples"] == len(self.samples), f"{self.file} is of {held['samples']} samples, the run has {len(self.samples)}")
+        return held
 
-    def save(self, view: str = "last") -> Path:
-        "Write all tags, and the present view under a name."
-        views = {**self._saved().get("views", {}), view: {k: getattr(self, k) for k in self.KEPT} | {"chosen": self.chosen.tolist()}}
+    @property
+    def tags(self) -> dict:  # {name: rows}
+        "All tags of the run."
+        return self.kept["tags"]
+
+    def keep(self, held: dict) -> Path:  # held: as `kept`
+        "Write tags and views."
         with atomic_path(self.file) as tmp:
-            tmp.write_text(json.dumps(jsonable({"samples": len(self.samples), "tags": self.tags, "views": views}), ensure_ascii=False))
+            tmp.write_text(json.dumps(jsonable(held), ensure_ascii=False), encoding="utf-8")
+        self.changed("kept")
         return self.file
 
+# %% ../nbs/70_inspector.ipynb #0315f752
+class Kept(Saved):
+    "Tags and views, written and brought back."
+
+    def tag(self, name: str) -> Path:
+        "Keep the present selection under a name."
+        require(bool(name.strip()), "a tag needs a name")
+        require(len(self.chosen), f"nothing is chosen that could be tagged {name!r}")
+        held = self.kept
+        return self.keep(held | {"tags": held["tags"] | {name: self.chosen.tolist()}})
+
+    def recall(self, tag: str) -> np.ndarray:  # the rows now chosen
+        "Choose what was tagged."
+        tags = self.tags
+        require(tag in tags, f"{self.file} holds no tag {tag!r}; there are {sorted(tags) or 'none'}")
+        return self.select(tags[tag])
+
+    def save(self, view: str = "last") -> Path:
+        "Keep the present view under a name."
+        require(bool(view.strip()), "a view needs a name")
+        held = self.kept
+        return self.keep(held | {"views": held["views"] | {view: {k: getattr(self, k) for k in self.KEPT} | {"chosen": self.chosen.tolist()}}})
+
     def load(self, view: str = "last") -> None:
-        "Bring tags and a view back; raises `VireidError` when there is none, or it is of other samples."
-        saved = self._saved()
-        require(view in saved.get("views", {}), f"{self.file} holds no view {view!r}; there are {sorted(saved.get('views', {})) or 'none'}")
-        require(saved.get("samples") == len(self.samples), f"{self.file} is of {saved.get('samples')} samples, the run has {len(self.samples)}")
-        held = saved["views"][view]
-        self.tags = saved.get("tags", {})
+        "Bring a view back; raises `VireidError` when there is none, or it is damaged."
+        views = self.kept["views"]
+        require(view in views, f"{self.file} holds no view {view!r}; there are {sorted(views) or 'none'}")
+        held = views[view]
+        require({*self.KEPT, "chosen"} <= set(held), f"{self.file}: the view {view!r} is damaged; save it anew")
         for name in self.KEPT:
             if name != "where":
                 self.set(name, held[name])
         self.filter(held["where"])
         self.select(held["chosen"])
-
-    def _saved(self) -> dict:
-        try:
-            return json.loads(self.file.read_text()) if self.file.is_file() else {}
-        except json.JSONDecodeError as e:
-            raise VireidError(f"{self.file} is damaged ({e}); remove it") from e
 
 # %% ../nbs/70_inspector.ipynb #f8bb5f14
 class Settable:
@@ -502,7 +531,7 @@ class Settable:
             setattr(self, name, value)
             self.changed(name)
 
-    def observe(self, watcher: Callable) -> None:  # called with "epoch", "which", "colour", "method", "filter" or "selection"
+    def observe(self, watcher: Callable) -> None:  # called with "epoch", "which", "colour", "method", "filter", "selection" or "kept"
         "Be told of changes."
         self._watchers.append(watcher)
 
@@ -571,7 +600,7 @@ class Facts:
         return f"#{row}  {who}{Modality(s.modality).title}, camera {self.camera_numbers[row]}, {'noise' if name < 0 else f'cluster {name}'}"
 
 # %% ../nbs/70_inspector.ipynb #205f6338
-class InspectorState(Views, Selection, Questions, Saved, Watched, Facts):
+class InspectorState(Views, Selection, Questions, Kept, Watched, Facts):
     "What is looked at in a run: everything a view needs, nothing it draws. Raises `VireidError` on a folder that cannot be shown."
     KEPT = ("epoch", "which", "colour", "method", "where")
 
@@ -595,7 +624,7 @@ class InspectorState(Views, Selection, Questions, Saved, Watched, Facts):
         self.epochs = sorted(epochs) if epochs else spread(with_features or kept, 12)
         self.mapped = [e for e in self.epochs if e in with_features]
         self.epoch, self.which, self.colour, self.where = self.epochs[-1], "shared", "cluster", ""
-        self.chosen, self.shown, self.tags, self.extra = np.empty(0, np.int64), np.ones(len(self.samples), bool), {}, {}
+        self.chosen, self.shown, self.extra = np.empty(0, np.int64), np.ones(len(self.samples), bool), {}
         self._cache, self._maps, self._watchers = {}, {}, []
         self.root = Path(root or self.run.config.get("data", {}).get("root", "."))
         self.labels()  # a damaged epoch is told at the door

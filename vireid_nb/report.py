@@ -113,7 +113,7 @@ def reach(values: list) -> tuple:  # (low, high), never equal
 
 # %% ../nbs/74_report.ipynb #afe7771f
 COLOURS = {"visible": 0, "infrared": 1, "all": 2, "hold both": 3, "joint_visible": 5, "joint_infrared": 4, "joint": 3}
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 190, 42, 8, 8, 22
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 200, 42, 8, 16, 25
 
 
 def colour_numbers(names) -> dict:  # {name: 0 to 7}
@@ -162,7 +162,7 @@ def line_chart(chart: Chart) -> Html:
     drawn, keys, colours = [], [], colour_numbers(chart.series)
     for x, text in chart.marks:
         drawn.append(el("line", x1=f"{px(x):.1f}", x2=f"{px(x):.1f}", y1=TOP, y2=HEIGHT - BOTTOM, class_="mark"))
-        drawn.append(el("text", text, x=f"{px(x) + 4:.1f}", y=TOP + 9, class_="note"))
+        drawn.append(el("text", text, x=f"{px(x) + 4:.1f}", y=TOP - 4, class_="note"))
     for name, line in chart.series.items():
         if line:
             drawn.append(_line(line, px, py, colours[name], chart.unit, name))
@@ -437,7 +437,7 @@ def seconds(runs: dict) -> Html:
     shown = frame.assign(total=frame.sum(axis=1)).map("{:,.1f}".format).assign(**{"memory GB": [number(memory.get(n, {}).get("process")) for n in frame.index]})
     if any("gpu" in m for m in memory.values()):
         shown["GPU memory GB"] = [number(memory.get(n, {}).get("gpu")) for n in frame.index]
-    return join([keys, *bars, table(shown, "seconds")])
+    return join([keys, el("div", *bars, class_="bars"), table(shown, "seconds")])
 
 # %% ../nbs/74_report.ipynb #cf4ab14e
 def kept_features(run: Run) -> KeptFeatures:
@@ -603,8 +603,8 @@ text{font:11px system-ui,sans-serif;fill:var(--soft)}.ty{text-anchor:end}.tx{tex
 .scroll{overflow-x:auto;margin:8px 0;break-inside:avoid}table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums}
 th,td{padding:3px 12px 3px 0;text-align:left;border-bottom:1px solid var(--rule);vertical-align:top}
 tbody th{font-weight:400;overflow-wrap:anywhere}thead th{color:var(--soft);font-weight:600}.n{text-align:right;white-space:nowrap;padding:3px 6px 3px 14px}
-.barline{display:flex;gap:12px;align-items:center;margin:4px 0;font-size:13.5px}.barline span{min-width:110px;max-width:260px;overflow-wrap:anywhere}
-.bar{flex:1;display:flex;height:16px;border-radius:4px;overflow:hidden}.bar i{display:block}
+.bars{display:grid;grid-template-columns:fit-content(260px) 1fr;gap:5px 12px;align-items:center;margin:4px 0;font-size:13.5px}.barline{display:contents}.barline span{overflow-wrap:anywhere}
+.bar{display:flex;height:16px;border-radius:4px;overflow:hidden}.bar i{display:block}
 .beside{display:grid;grid-template-columns:minmax(300px,360px) 1fr;gap:24px;align-items:start}.gap{align-self:center;color:var(--soft);font-size:13px;flex:none;width:52px;text-align:right;padding-right:4px;white-space:nowrap}
 .query{width:72px}.query img{margin:0 auto}.strip{display:flex;gap:7px;align-items:flex-start;margin:10px 0;overflow-x:auto;break-inside:avoid}
 .strip figure{flex:none;text-align:center}.strip img{display:block;height:96px;border:3px solid var(--rule);border-radius:5px}
