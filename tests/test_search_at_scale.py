@@ -1,0 +1,80 @@
+"Searches that are divided or approximate."
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from vireid_nb import neighbors
+from vireid_nb.clustering import ClusterConfig, cross_modality_clustering
+from vireid_nb.neighbors import knn, modality_knn, search_recall
+from vireid_nb.records import VireidError
+from vireid_nb.synthetic import make_vi_features
+
+
+def test_two_processes_find_what_one_finds_bit_for_bit(tmp_path):
+    script = Path(__file__).with_name("shared_search.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / f"{r}.txt").read_text() for r in range(2)] == ["", ""], "differs from one process"
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return make_vi_features(150, 30, 20, dim=48, noise=0.8, seed=1)
+
+
+def test_recall_is_the_share_of_true_neighbours(bank):
+    x = bank[0].features
+    ranks, _ = knn(x, 20)
+    assert search_recall(x, ranks) == 1
+    half = ranks.copy()
+    half[:, 11:] = ranks[:, :1]  # nine of nineteen are not neighbours
+    assert abs(search_recall(x, half, samples=len(x)) - 10 / 19) < 1e-9
+    assert search_recall(x, ranks[:, :1]) == 1
+
+
+def test_recall_by_blocks_equals_recall_at_once(bank):
+    x = bank[0].features
+    near, _ = knn(x, 20, backend="faiss-ivf")
+    true, _ = knn(x, 20)
+    counted = np.mean([np.isin(near[i, 1:], true[i, 1:]).mean() for i in range(len(x))])
+    assert abs(search_recall(x, near, samples=len(x)) - counted) < 1e-3
+
+
+def test_friends_and_several_partitions_raise_recall(bank, monkeypatch):
+    x = bank[0].features
+    found = {}
+    for partitions in (1, 4):
+        monkeypatch.setattr(neighbors, "PARTITIONS", partitions)
+        found[partitions] = search_recall(x, knn(x, 20, backend="faiss-ivf")[0], samples=len(x))
+    assert 0.5 < found[1] < found[4] and found[4] > 0.95
+
+
+def test_approximate_tables_are_well_formed(bank):
+    x = bank[0].features
+    ranks, sqdist = knn(x, 20, backend="faiss-ivf")
+    assert (ranks[:, 0] == np.arange(len(x))).all() and (np.diff(sqdist, axis=1) >= 0).all()
+    assert all(len(set(row)) == 20 for row in ranks)
+    visible, infrared, joint = modality_knn(x, bank[0].modality, 10, 20, backend="faiss-ivf")
+    assert visible[0].max() < len(visible[0]) and infrared[0].max() < len(infrared[0]) and len(joint[0]) == len(x)
+
+
+def test_approximate_labels_are_nearly_those_of_the_exact_search(bank):
+    config = dict(k1=15, k2=6, joint_k1=20, joint_k2=8)
+    exact, near = (cross_modality_clustering(bank[0], ClusterConfig(**config, search=s)) for s in ("exact", "approximate"))
+    for name in ("visible", "infrared", "joint"):
+        assert adjusted_rand_score(getattr(exact, name), getattr(near, name)) > 0.9
+
+
+def test_a_device_that_is_not_there_is_refused(bank, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(VireidError, match="sees no CUDA device"):
+        cross_modality_clustering(bank[0], ClusterConfig(device="cuda"))
+    with pytest.raises(VireidError, match="search is 'quick'; choose exact or approximate"):
+        ClusterConfig(search="quick")
