@@ -253,7 +253,7 @@ POOR = {
 @pytest.mark.parametrize("poor", POOR)
 def test_poor_labels_do_not_stop_training(sysu_root, tmp_path, monkeypatch, caplog, recipe, poor):
     whole = training.cross_modality_clustering
-    monkeypatch.setattr(training, "cross_modality_clustering", lambda bank, config: POOR[poor](whole(bank, config)))
+    monkeypatch.setattr(training, "cross_modality_clustering", lambda bank, config, **how: POOR[poor](whole(bank, config, **how)))
     run = train(small(sysu_root, tmp_path, recipe, joint_epochs=1, align__epochs=2))
     assert len(loss_names(run)) == (2 if recipe == "paper" else 4)
     assert all(w.isfinite().all() for w in weights(run).values())

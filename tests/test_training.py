@@ -193,9 +193,3 @@ def test_a_picture_that_breaks_after_the_check_is_named(sysu_root, tmp_path):
         place.write_bytes((sysu_root / row.path).read_bytes()[: 300 if i == 5 else None])
     with pytest.raises(VireidError, match="0005.jpg.*vireid check"):
         train(small(tmp_path / "data", tmp_path / "runs", data="folder"))
-
-
-def test_several_processes_are_refused_clearly(monkeypatch, sysu_root, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(VireidError, match="single process"):
-        train(small(sysu_root, tmp_path))

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision.models.resnet import BasicBlock
 
-from .records import Modality, VireidError, atomic_path, derive_seed, log, require
+from .records import Modality, VireidError, atomic_path, derive_seed, log, on_device, require
 
 # %% ../nbs/20_backbone.ipynb #91fe6567
 @contextmanager
@@ -122,7 +122,7 @@ def _bn_neck(channels: int) -> nn.BatchNorm1d:
 def _stem_rows(
     stems,  # one module a modality
     x: torch.Tensor,  # [B, 3, H, W] normalised images
-    modality,  # one Modality or int, or one for each row [B]
+    modality,  # one Modality or int, or one for each row [B]; on the host, or else it is fetched
 ) -> torch.Tensor:  # [B, C, h, w], rows in the order of x
     "Sends every row through its modality's stem. Raises `VireidError` on a wrong shape or an unknown modality."
     require(x.ndim == 4 and x.shape[1] == 3, f"the backbone got images of shape {tuple(x.shape)}; [B, 3, height, width] is needed")
@@ -135,7 +135,7 @@ def _stem_rows(
     require(modality.shape == x.shape[:1], f"the backbone got {len(x)} images and modalities of shape {tuple(modality.shape)}; one a row is needed")
     if len(known) == 1:
         return stems[known[0]](x)
-    rows = [torch.nonzero(modality == m)[:, 0].to(x.device) for m in known]
+    rows = [on_device(torch.nonzero(modality == m)[:, 0], x.device) for m in known]
     back = torch.cat(rows).argsort()
     return torch.cat([stems[m](x[r]) for m, r in zip(known, rows)])[back]
 

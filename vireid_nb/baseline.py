@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
 from .backbone import BackboneConfig
 from .memories import ClusterMemory, cluster_means, joint_means
@@ -39,10 +38,10 @@ def intra_steps(
     also: Callable = None,  # also(batch, emb) -> {name: loss}: more terms on the same batch
 ) -> Iterator[dict]:
     "Steps of the first stage: each modality against its own memory."
-    memories, y = modality_memories(learner, bank, labels), torch.from_numpy(labels.intra).to(learner.engine.device)
+    memories, y = modality_memories(learner, bank, labels), labels.intra
     for batch in learner.batches(intra_pairs(learner, bank, labels, epoch), epoch, "intra"):
         emb = learner.embed(batch)
-        asked = {Modality.VISIBLE: (emb.visible, y[batch.visible].repeat(2)), Modality.INFRARED: (emb.infrared, y[batch.infrared])}
+        asked = {Modality.VISIBLE: (emb.visible, np.tile(y[batch.visible], 2)), Modality.INFRARED: (emb.infrared, y[batch.infrared])}
         yield {m.title: memory.loss(*asked[m]) for m, memory in memories.items()} | (also(batch, emb) if also else {})
         for m, memory in memories.items():
             memory.update(*asked[m])
@@ -62,10 +61,9 @@ def joint_steps(
     if not pairs:
         return
     memory = ClusterMemory(joint_means(bank.features, joint, bank.modality), temperature=config.temperature, momentum=config.momentum).to(device)
-    y = torch.from_numpy(joint).to(device)
     for batch in learner.batches(pairs, epoch, name):
         emb = learner.embed(batch)
-        visible, infrared = (emb.visible, y[batch.visible].repeat(2)), (emb.infrared, y[batch.infrared])
+        visible, infrared = (emb.visible, np.tile(joint[batch.visible], 2)), (emb.infrared, joint[batch.infrared])
         yield {f"{name}_visible": memory.loss(*visible), f"{name}_infrared": memory.loss(*infrared)} | (also(batch, emb) if also else {})
         for asked in (visible, infrared):
             memory.update(*asked)

@@ -7,30 +7,50 @@ __all__ = ['BANKS', 'FORMS', 'BENCHES', 'Measure', 'Figures', 'sysu_like_bank', 
            'reference_average', 'reference_distance', 'sampled_rows', 'dense_rows', 'reference_seconds', 'faiss_search',
            'half_product', 'search_figures', 'form_figures', 'bench_jaccard', 'bench_epoch', 'bench_growth',
            'labels_from', 'bench_million', 'reference_cost', 'bench_matching', 'bench_instance_loss',
-           'reference_scores', 'bench_evaluation', 'bench_train_step']
+           'reference_scores', 'bench_evaluation', 'TrainingBench', 'our_steps', 'images_per_second', 'plain_views',
+           'plain_batch', 'plain_loss', 'plain_update', 'plain_steps', 'beside_the_network', 'bench_images_per_second',
+           'shared_work', 'bench_processes']
 
 # %% ../nbs/78_bench.ipynb #85de90c8
 import gc
-import resource
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from sklearn.cluster import DBSCAN, KMeans
 from sklearn.metrics import adjusted_rand_score
+from torchvision.transforms import v2
 
 from .backbone import BackboneConfig, build_backbone
+from .baseline import Baseline, baseline_preset
+from .catalog import load_catalog
 from .clustering import ClusterConfig, cap_for, dbscan, modality_graphs, neighbour_tables
+from .engine import Engine, EngineConfig, peak_memory_gb
 from .evaluation import evaluate_regdb, evaluate_sysu
+from .features import extract
 from .hmcl import HybridMemory
 from .jaccard import averaging_matrix, code_distances, expand_codes, neighbour_codes
 from .matching import match_clusters, matching_cost, sub_memories
+from .memories import ClusterMemory, cluster_means, joint_means
 from .neighbors import TILE, knn, search_recall
-from .records import FeatureBank, Modality, log, require, seeded, seeded_torch
-from .synthetic import make_vi_features
+from .processes import everywhere, main, start, world
+from .records import FeatureBank, Modality, PseudoLabels, log, require, seeded, seeded_torch
+from .synthetic import make_vi_features, write_dataset
+from .training import BatchConfig, DataConfig, Learner, intra_pairs, joint_pairs, make_optimizer
+from .transforms import IMAGENET_MEAN, IMAGENET_STD, ImageStore
 
 # %% ../nbs/78_bench.ipynb #ed9847c1
 class Measure:
@@ -62,8 +82,8 @@ class Measure:
         "The process's resident bytes (where /proc is missing, its high-water mark)."
         status = Path("/proc/self/statm")
         if status.exists():
-            return int(status.read_text().split()[1]) * resource.getpagesize()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return 1e9 * peak_memory_gb()["process"]
 
 # %% ../nbs/78_bench.ipynb #b127fe2f
 class Figures:
@@ -278,11 +298,9 @@ def bench_epoch(n: int = 34167, dim: int = 2048, seed: int = 0, runs: int = 3) -
             E = expand_codes(V, A)
             distance = code_distances(E, 0.61)
             slow += faiss_search(part.features, k1) + sum(reference_seconds(part.features, ranks, A, V, E, distance).values())
-        del A, V, E, distance
         figures.time(f"{name}: the epoch's search", lambda: neighbour_tables(bank, c), warm=False)
         graphs = figures.time(f"{name}: its three graphs", lambda: modality_graphs(bank, c, tables=(tables, 0.0)))
         figures.time(f"{name}: its three DBSCANs", graphs.labels)
-        del tables, graphs
         figures.time(f"{name}: three clusterings of an epoch", lambda: modality_graphs(bank, c).labels(), "faiss and row by row", slow, warm=False)
     return figures.table()
 
@@ -420,25 +438,225 @@ def bench_evaluation(n: int = 0, dim: int = 0, seed: int = 0, runs: int = 3) -> 
     return figures.table()
 
 # %% ../nbs/78_bench.ipynb #aa1b16c5
-def bench_train_step(n: int = 0, dim: int = 0, seed: int = 0, runs: int = 3) -> pd.DataFrame:  # n and dim are not used: the batch fixes the size
-    "One optimiser step of ResNet-50 on 48 visible and 24 infrared pictures at 288x144, and pictures a second in evaluation."
-    device, figures = "cuda" if torch.cuda.is_available() else "cpu", Figures(runs)
-    model = build_backbone(BackboneConfig(name="resnet50", weights="none"), seed=seed).to(device)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
-    x = torch.from_numpy(seeded(seed, "pictures").standard_normal((72, 3, 288, 144), np.float32)).to(device)
-    modality = torch.tensor([0] * 48 + [1] * 24, device=device)
+class TrainingBench:
+    "Everything a training needs, over drawn picture files whose people serve as clusters: both ways to train start from it."
 
-    def step():
-        model(x, modality).square().mean().backward()
-        optimizer.step()
+    def __init__(self, root, network: str, size: tuple, batch: tuple, precision: str, seed: int):
+        base = baseline_preset("sysu")
+        augment = replace(base.augment, pad=size[0] * 10 // 288)
+        self.config = replace(
+            base,
+            data=DataConfig(root=str(root), size=size),
+            model=BackboneConfig(name=network, weights="none"),
+            augment=augment,
+            batch=BatchConfig(*batch, iterations=1000),
+            engine=EngineConfig(precision=precision, progress=False),
+            intra_epochs=0,
+            seed=seed,
+        )
+        self.table, self.root = load_catalog(root, "sysu").train, root
+        modality, rng = self.table.modality.to_numpy(), seeded(seed, "features")
+        y = np.unique(self.table.pid, return_inverse=True)[1]
+        self.labels = PseudoLabels(y[modality == Modality.VISIBLE], y[modality == Modality.INFRARED], y, modality)
+        self.engine = Engine(self.config.engine)
+        model = build_backbone(self.config.model, seed=seed)
+        features = rng.standard_normal((len(y), model.feat_dim), np.float32)
+        self.bank = FeatureBank(features / np.linalg.norm(features, axis=1, keepdims=True), modality, self.table.camid, np.arange(len(y)))
+        self.model, self.optimizer = self.engine.prepare(model, make_optimizer(self.config, model))
+        self.model.train()
 
-    figures.time("training step, 48 + 24 pictures", step, warm=device == "cuda")
-    with torch.inference_mode():
-        model.eval()
-        figures.time("evaluation, 72 pictures", lambda: model(x, modality), warm=device == "cuda")
+    def store(self, cache) -> ImageStore:
+        "The training pictures."
+        return ImageStore(self.root, self.table.path, size=self.config.data.size, cache=cache)
+
+# %% ../nbs/78_bench.ipynb #2fb9cb98
+def our_steps(bench: TrainingBench, store: ImageStore) -> Iterator[dict]:
+    "The baseline as it is trained: its method, learner and engine."
+    learner = Learner(bench.config, bench.engine, bench.model, store)
+
+    def taken():
+        for losses in Baseline(bench.config).steps(learner, bench.bank, bench.labels, 0):
+            bench.engine.step(sum(losses.values()), bench.optimizer)
+            yield losses
+
+    return bench.engine.read(taken())
+
+
+def images_per_second(
+    streams: dict,  # {name: iterator of training steps}
+    images: int,  # pictures through the network a step
+    rounds: int,  # in each, every stream takes its turn; the median counts
+    block: int,  # steps a turn
+) -> dict:  # {name: pictures a second}
+    "Ways to train, timed in turns, so that whatever else the machine does meets all of them."
+    seconds = {name: [] for name in streams}
+    settle = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for turn in range(1 + rounds):  # the first one starts things up
+        for name, stream in streams.items():
+            settle()
+            start = time.perf_counter()
+            for _ in range(block):
+                next(stream)
+            settle()
+            seconds[name].append(time.perf_counter() - start)
+    for stream in streams.values():
+        stream.close()
+    return {name: block * images / float(np.median(s[1:])) for name, s in seconds.items()}
+
+# %% ../nbs/78_bench.ipynb #19d71c2b
+def plain_views(config) -> tuple:  # (of a picture, its channel-augmented form)
+    "The augmentation as it is usually written: for one picture at a time."
+    a, size = config.augment, list(config.data.size)
+    plain = v2.Compose([
+        v2.Pad(a.pad), v2.RandomCrop(size), v2.RandomHorizontalFlip(a.flip), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.RandomErasing(a.erase, a.erase_area, a.erase_aspect, value=list(a.erase_fill)),
+    ])
+
+    def exchanged(picture):
+        x = plain(picture)
+        c = int(torch.randint(3, ()))
+        return x[c : c + 1].expand(3, -1, -1)
+
+    return plain, exchanged
+
+
+def plain_batch(bench: TrainingBench, visible: np.ndarray, infrared: np.ndarray) -> tuple:  # (pictures, modality, labels)
+    "A batch decoded and augmented picture by picture."
+    h, w = bench.config.data.size
+    plain, exchanged = plain_views(bench.config)
+    load = lambda i: Image.open(Path(bench.root, bench.table.path[i])).convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
+    colour = [load(i) for i in visible]
+    pictures = [plain(p) for p in colour] + [exchanged(p) for p in colour] + [exchanged(load(i)) for i in infrared]
+    modality = torch.tensor([0] * 2 * len(visible) + [1] * len(infrared))
+    rows = np.concatenate([visible, visible, infrared])
+    return torch.stack(pictures).to(bench.engine.device), modality, torch.from_numpy(bench.labels.joint[rows]).to(bench.engine.device)
+
+# %% ../nbs/78_bench.ipynb #0209f834
+def plain_loss(memory: torch.Tensor, emb: torch.Tensor, y: torch.Tensor, config) -> torch.Tensor:
+    "ClusterNCE of a batch."
+    return F.cross_entropy(F.normalize(emb.float(), dim=1) @ memory.T / config.temperature, y)
+
+
+@torch.no_grad()
+def plain_update(memory: torch.Tensor, emb: torch.Tensor, y: torch.Tensor, config) -> None:
+    "The memory's update, sample by sample."
+    for f, k in zip(F.normalize(emb.detach().float(), dim=1), y.tolist()):
+        memory[k] = F.normalize(config.momentum * memory[k] + (1 - config.momentum) * f, dim=0)
+
+
+def plain_steps(bench: TrainingBench) -> Iterator[float]:
+    "The same training, batch for batch, as the straightforward loop."
+    config, bank, engine = bench.config, bench.bank, bench.engine
+    learner = Learner(config, engine, bench.model, None)
+    side = [bank.modality == m for m in Modality]
+    own = [cluster_means(bank.features[s], bench.labels.joint[s]).to(engine.device) for s in side]
+    both = [joint_means(bank.features, bench.labels.joint, bank.modality).to(engine.device)] * 2
+    streams = intra_pairs(learner, bank, bench.labels, 0), joint_pairs(learner, bank, bench.labels.joint, 0)
+    for pairs in zip(*streams):
+        for (visible, infrared), memories in zip(pairs, (own, both)):
+            x, modality, y = plain_batch(bench, visible, infrared)
+            with engine.autocast():
+                emb = bench.model(x, modality)
+            parts = list(zip(memories, emb.split([2 * len(visible), len(infrared)]), y.split([2 * len(visible), len(infrared)])))
+            loss = sum(plain_loss(*part, config) for part in parts)
+            bench.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            bench.optimizer.step()
+            for part in parts:
+                plain_update(part[0], *part[1:], config)
+            yield loss.item()
+
+# %% ../nbs/78_bench.ipynb #27964c1d
+def beside_the_network(bench: TrainingBench, store: ImageStore) -> dict:  # {what: milliseconds}
+    "What a step waits for apart from the network: a batch (ours is loaded in the background), the memory's update; in our way and in the plain one."
+    config, device, out = bench.config, bench.engine.device, {"batch ms": [], "plain batch ms": [], "update ms": [], "plain update ms": []}
+    learner = Learner(config, bench.engine, bench.model, store)
+    pairs = joint_pairs(learner, bench.bank, bench.labels.joint, 0)[:4]
+    memory = ClusterMemory(joint_means(bench.bank.features, bench.labels.joint, bench.bank.modality), momentum=config.momentum).to(device)
+    rows = [np.concatenate([v, v, r]) for v, r in pairs]
+    y = [bench.labels.joint[i] for i in rows]
+    emb = torch.from_numpy(bench.bank.features).to(device)
+    ours, settle = learner.batches(pairs, 0, "bench"), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    ways = {
+        "batch ms": lambda i: next(ours),
+        "plain batch ms": lambda i: plain_batch(bench, *pairs[i]),
+        "update ms": lambda i: memory.update(emb[rows[i]], y[i]),
+        "plain update ms": lambda i: plain_update(memory.features, emb[rows[i]], torch.from_numpy(y[i]), config),
+    }
+    for i in range(len(pairs)):
+        for name, way in ways.items():
+            settle()
+            start = time.perf_counter()
+            way(i)
+            settle()
+            out[name].append(1000 * (time.perf_counter() - start))
+    return {name: round(float(np.median(ms[1:])), 1) for name, ms in out.items()}
+
+# %% ../nbs/78_bench.ipynb #17ac3e88
+def bench_images_per_second(n: int = 0, dim: int = 0, seed: int = 0, runs: int = 5) -> pd.DataFrame:  # n and dim are not used: the networks fix the sizes
+    "Training pictures a second of the baseline, loading included, beside a plain loop (decode, augment, update the memory sample by sample) in the same run."
+    rows, tiny, large = [], ("tiny", (96, 48)), ("resnet50", (288, 144))
+    cases = [(*tiny, (8, 16), "no", 1), (*large, (3, 2), "no", 1)]  # network, size, batch, arithmetic, steps a round
+    if torch.cuda.is_available():
+        cases = [(*tiny, (8, 16), "no", 20), *((*large, (8, 16), precision, 10) for precision in ("no", "bf16"))]
+    with tempfile.TemporaryDirectory() as folder:
+        for network, size, batch, precision, block in cases:
+            root = Path(folder, network)
+            if not root.exists():
+                write_dataset(root, "sysu", n_train_ids=16, n_test_ids=2, seed=seed, size=size, progress=False)
+            bench = TrainingBench(root, network, size, batch, precision, seed)
+            held, mapped = bench.store("auto"), bench.store(Path(folder, "decoded"))
+            held[:]  # as the extraction before every epoch leaves it
+            streams = {"images/s": our_steps(bench, held), "from a file": our_steps(bench, mapped), "plain loop": plain_steps(bench)}
+            images = 3 * batch[0] * batch[1]  # visible pictures twice, infrared ones once
+            speed = images_per_second(streams, images, runs, block)
+            row = {"network": network, "arithmetic": "bf16" if precision == "bf16" else "float32", "pictures a step": images}
+            rows.append({**row, **{k: round(v, 1) for k, v in speed.items()}, "ratio": round(speed["images/s"] / speed["plain loop"], 2), **beside_the_network(bench, held)})
+    return pd.DataFrame(rows)
+
+# %% ../nbs/78_bench.ipynb #97963896
+def shared_work(n: int, dim: int, seed: int, out: str) -> None:
+    "What every process of `bench_processes` does; process 0 writes the seconds and a digest of the results to `out`."
+    start("cpu")
+    torch.set_num_threads(1)
+    bank, c, seconds = sysu_like_bank(n, dim, seed), ClusterConfig(), {}
+    pictures = torch.from_numpy(seeded(seed, "pictures").integers(0, 256, (4096, 3, 96, 48), np.uint8))
+    model, modality = build_backbone(BackboneConfig(name="tiny", weights="none"), seed=seed), np.arange(4096) % 2
+    works = {
+        "extraction, 4096 pictures, tiny": lambda: extract(model, pictures, modality, modality, shared=True, progress=False).features,
+        f"search, {n} x {dim}": lambda: np.concatenate([ranks.ravel() for ranks, _ in neighbour_tables(bank, c, shared=True)[0]]),
+    }
+    neighbour_tables(bank.take(slice(0, None, max(1, n // 500))), c, shared=True)  # compile first
+    digest = hashlib.sha256()
+    for name, work in works.items():
+        everywhere(lambda: None)  # all begin together
+        begin = time.perf_counter()
+        result = work()
+        everywhere(lambda: None)
+        seconds[name] = time.perf_counter() - begin
+        digest.update(result.tobytes())
+    if main():
+        Path(out).write_text(json.dumps({"processes": world(), "seconds": seconds, "digest": digest.hexdigest()}))
+
+# %% ../nbs/78_bench.ipynb #61ad4878
+def bench_processes(n: int = 12000, dim: int = 2048, seed: int = 0, runs: int = 3) -> pd.DataFrame:
+    "Extraction and search by two processes of one thread, beside one."
+    figures, found = Figures(runs), {1: [], 2: []}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.json")
+        code = f"from vireid_nb.bench import shared_work; shared_work({n}, {dim}, {seed}, {str(out)!r})"
+        for count in [1, 2] * runs:
+            done = subprocess.run([*command, str(count), sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            require(done.returncode == 0, f"bench: the processes failed: {done.stderr.strip().splitlines()[-1:]}")
+            found[count].append(json.loads(out.read_text()))
+    require(len({run["digest"] for both in found.values() for run in both}) == 1, "bench: two processes found something else than one; please report this")
+    for name in found[1][0]["seconds"]:
+        one, two = ([run["seconds"][name] for run in found[count]] for count in (1, 2))
+        figures.add(f"{name}: two processes", two, reference="one process", against=float(np.median(one)))
     return figures.table()
 
-
+# %% ../nbs/78_bench.ipynb #69708d06
 BENCHES = {
     "jaccard": bench_jaccard,
     "epoch": bench_epoch,
@@ -447,5 +665,6 @@ BENCHES = {
     "matching": bench_matching,
     "instance-loss": bench_instance_loss,
     "evaluation": bench_evaluation,
-    "train-step": bench_train_step,
+    "training": bench_images_per_second,
+    "processes": bench_processes,
 }

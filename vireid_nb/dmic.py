@@ -128,7 +128,7 @@ class Dmic(Method):
             log.warning("no picture has a camera number: codes are averaged by modality alone, not by camera (name the cameras in the file names or the CSV for MIE)")
             self.told = True
         config = replace(config, k2=now.k2, joint_k2=now.k2_joint, eps=now.eps, joint_eps=now.eps if self.config.dnc.enabled else config.joint_eps)
-        labels = cross_modality_clustering(bank, config)
+        labels = cross_modality_clustering(bank, config, shared=True)
         return replace(labels, info={**labels.info, "schedule": now._asdict()})
 
     def steps(self, learner: Learner, bank: FeatureBank, labels: PseudoLabels, epoch: int) -> Iterator[dict]:

@@ -8,6 +8,7 @@ __all__ = ['evaluating', 'extract', 'save_bank', 'load_bank', 'load_extra']
 # %% ../nbs/22_features.ipynb #d30f99de
 import contextlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from .processes import gather_rows, main, share
 from .records import FeatureBank, VireidError, as_numpy, atomic_path, require
 from .transforms import normalize
 
@@ -70,6 +72,23 @@ def _batches(
             yield part, images
 
 # %% ../nbs/22_features.ipynb #dea30908
+def _all_rows(
+    store,  # store[rows] -> uint8 [B, 3, H, W]
+    rows: np.ndarray,  # [n] positions in the store
+    modality: np.ndarray,  # [n] of these rows
+    look: Callable,  # look(images, modality) -> unit features
+    batch_size: int,
+    progress: bool,
+) -> np.ndarray:  # [n, D]
+    "Unit features of these rows."
+    features, bar = [], tqdm(total=len(rows), desc="features", unit="image", leave=False, disable=None if progress and main() else True)
+    with bar:
+        for part, images in _batches(store, rows, batch_size):
+            features.append(look(images, torch.from_numpy(modality[part])).cpu())
+            bar.update(len(part))
+    return torch.cat(features).numpy()
+
+# %% ../nbs/22_features.ipynb #53fcc53d
 def extract(
     model,  # a two-stream network (or a wrapper of one)
     store,  # store[rows] -> uint8 [B, 3, H, W]; len(store) rows
@@ -83,6 +102,7 @@ def extract(
     device=None,  # where to compute; None: where the model is. The model is moved there
     precision: torch.dtype | None = None,  # torch.bfloat16 or torch.float16 for mixed precision; None: as the model is
     progress: bool = True,  # a progress bar, on a terminal
+    shared: bool = False,  # called by all processes alike: each looks at its share of the images, all get the whole bank
 ) -> FeatureBank:
     "Unit features of the store's images, in order. Raises `VireidError` on misaligned columns, no rows, or NaN features."
     modality, camid = as_numpy(modality, np.int64), as_numpy(camid, np.int64)
@@ -95,13 +115,12 @@ def extract(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     model.to(device)
     cast = torch.autocast(device.type, precision) if precision else contextlib.nullcontext()
-    features, bar = [], tqdm(total=len(rows), desc="features", unit="image", leave=False, disable=None if progress else True)
-    with evaluating(model), cast, bar:
-        for part, images in _batches(store, rows, batch_size):
-            chosen = torch.from_numpy(modality[rows[part]])
-            features.append(_look(model, normalize(images.to(device)), chosen, flip, pooled).cpu())
-            bar.update(len(part))
-    return FeatureBank(torch.cat(features).numpy(), modality[rows], camid[rows], rows)
+    mine = rows[share(len(rows), batch_size)] if shared else rows
+    some = mine if len(mine) else rows[:1]  # more processes than batches: one image, for the shape
+    look = lambda images, chosen: _look(model, normalize(images.to(device)), chosen, flip, pooled)
+    with evaluating(model), cast:
+        features = _all_rows(store, some, modality[some], look, batch_size, progress)[: len(mine)]
+    return FeatureBank(gather_rows(features) if shared else features, modality[rows], camid[rows], rows)
 
 # %% ../nbs/22_features.ipynb #48dd2838
 _COLUMNS = ("features", "modality", "camid", "index")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .memories import joint_means
-from .records import as_numpy, require
+from .records import as_numpy, at_hand, on_device, require
 
 # %% ../nbs/46_hmcl.ipynb #1d91828f
 def group_nce(
@@ -22,33 +22,32 @@ def group_nce(
     entry_labels: torch.Tensor,  # [M] cluster of each entry; -1 is nobody's positive
     temperature: float = 0.05,
 ) -> torch.Tensor:  # scalar: mean over the labelled embeddings, 0 without any
-    "Mean log-probability of all entries of the own cluster, negated (DMIC, HMCL); raises `VireidError` on NaN and on a label without an entry."
-    emb = torch.as_tensor(emb)
-    labels = torch.as_tensor(labels, device=emb.device)
-    kept = labels >= 0
-    emb, labels = emb[kept].float(), labels[kept]
-    if not len(labels):
+    "Mean log-probability of all entries of the own cluster, negated (DMIC, HMCL), NaN where a label has no entry; on a CPU that and NaN embeddings raise `VireidError`."
+    emb, labels = torch.as_tensor(emb), as_numpy(labels, np.int64)
+    kept = np.flatnonzero(labels >= 0)
+    emb, y = emb[on_device(kept, emb.device)].float(), on_device(labels[kept], emb.device)
+    if not len(kept):
         return emb.sum() * 0
     with torch.autocast(emb.device.type, enabled=False):
         similarity = F.normalize(emb, dim=1) @ entries.T / temperature
-    own, total = entry_labels == labels[:, None], similarity.logsumexp(1)
+    own, total = entry_labels == y[:, None], similarity.logsumexp(1)
     count = own.sum(1)
-    bad = torch.stack([(~total.isfinite()).any(), (count == 0).any()]).tolist()
-    require(not bad[0], "memory: an embedding or an entry holds NaN or infinity; lower the learning rate, or look at the images of this batch")
-    require(not bad[1], "memory: a label has no entry; build the memory from the same labels as the batches")
+    if at_hand(emb):
+        require(total.isfinite().all(), "memory: an embedding or an entry holds NaN or infinity; lower the learning rate, or look at the images of this batch")
+        require(count.all(), "memory: a label has no entry; build the memory from the same labels as the batches")
     return (total - torch.where(own, similarity, 0.0).sum(1) / count).mean()
 
 # %% ../nbs/46_hmcl.ipynb #56dda8c5
 def winners(
     slots,  # [B] entry each embedding belongs to, -1 = none
     generator: torch.Generator,
-) -> tuple:  # (slots [S], each once, ascending; rows [S] of the embeddings that win them)
+) -> tuple:  # (slots [S], each once, ascending; rows [S] of the embeddings that win them), on the host
     "One embedding for every slot, each of its embeddings with the same chance (DMIC: random overwrite)."
-    slots = torch.as_tensor(slots)
+    slots = torch.as_tensor(slots).cpu()
     order = (slots >= 0).nonzero().flatten()
-    order = order[torch.randperm(len(order), generator=generator, device=generator.device).to(slots.device)]
+    order = order[torch.randperm(len(order), generator=generator, device=generator.device).cpu()]
     order = order[slots[order].argsort(stable=True)]
-    first = torch.ones(len(order), dtype=torch.bool, device=order.device)
+    first = torch.ones(len(order), dtype=torch.bool)
     first[1:] = slots[order][1:] != slots[order][:-1]
     return slots[order[first]], order[first]
 
@@ -83,7 +82,7 @@ class EntryMemory(nn.Module):
     @torch.no_grad()
     def update(self, emb, slots, generator: torch.Generator) -> None:
         "Overwrite entry `slots[i]` by embedding i, or one of several; in place, so after the backward pass."
-        slots, rows = winners(torch.as_tensor(slots, device=self.entries.device), generator)
+        slots, rows = (on_device(x, self.entries.device) for x in winners(slots, generator))
         new = emb.detach().float()[rows]
         new = F.normalize(new, dim=1) if self.normalise or self.momentum else new
         new = self.momentum * self.entries[slots] + (1 - self.momentum) * new
@@ -129,8 +128,7 @@ class HybridMemory(nn.Module):
         start = {"cluster": lambda: joint_means(features, y, modality), "instance": lambda: features[rows]}
         owner = {"cluster": torch.arange(int(y.max()) + 1), "instance": y[rows]}
         self.level = nn.ModuleDict({name: EntryMemory(start[name](), owner[name], **how) for name in levels})
-        self.register_buffer("y", y)
-        self.register_buffer("slot", slot)
+        self.y, self.slot = y, slot  # of every sample; they stay on the host
 
     def losses(self, emb, rows) -> dict:  # {level: scalar}
         "The contrast of embeddings [B, D] of the samples `rows` [B] with each level."

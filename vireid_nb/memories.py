@@ -6,35 +6,35 @@
 __all__ = ['RULES', 'cluster_means', 'joint_means', 'cluster_nce', 'updated_memory', 'ClusterMemory']
 
 # %% ../nbs/40_memories.ipynb #120500fc
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .records import Modality, as_numpy, require
+from .records import Modality, as_numpy, at_hand, on_device, require
 
 # %% ../nbs/40_memories.ipynb #27c50569
 def _checked(
     emb,  # [B, D] tensor or array
-    labels,  # [B] ints
+    labels,  # [B] ints; on the host, or else they are fetched
     n_clusters: int,  # labels must lie in -1 .. n_clusters - 1
-) -> tuple:  # (float32 [B, D], int64 [B]) on the embeddings' device
-    "Embeddings and labels in one form; raises `VireidError` on unequal lengths, NaN or infinity, and labels out of range."
-    emb = torch.as_tensor(emb).float()
-    labels = torch.as_tensor(labels, device=emb.device).long()
+) -> tuple:  # (float32 [B, D] tensor, int64 [B] array on the host)
+    "Embeddings and labels in one form; raises `VireidError` on unequal lengths, labels out of range and, on a CPU, NaN or infinity."
+    emb, labels = torch.as_tensor(emb).float(), as_numpy(labels, np.int64)
     require(emb.ndim == 2 and labels.shape == emb.shape[:1], f"memory: embeddings {tuple(emb.shape)} with labels {tuple(labels.shape)}; [B, D] and [B] are needed")
-    # one transfer for both questions: on a GPU every answer read back waits for the device
-    bad = torch.stack([(~emb.isfinite()).any(), ((labels < -1) | (labels >= n_clusters)).any()]).tolist()
-    require(not bad[0], "memory: an embedding holds NaN or infinity; lower the learning rate, or look at the images of this batch")
-    require(not bad[1], f"memory: a label lies outside -1 .. {n_clusters - 1}; build the memory from the same labels as the batches")
+    require(not at_hand(emb) or emb.isfinite().all(), "memory: an embedding holds NaN or infinity; lower the learning rate, or look at the images of this batch")
+    fits = not len(labels) or (labels.min() >= -1 and labels.max() < n_clusters)
+    require(fits, f"memory: a label lies outside -1 .. {n_clusters - 1}; build the memory from the same labels as the batches")
     return emb, labels
 
 
-def _means(features: torch.Tensor, labels: torch.Tensor, n_clusters: int) -> tuple:
-    "Mean feature of every cluster [K, D], not normalised, 0 where there is no sample; and the counts [K]."
-    kept = labels >= 0
-    counts = torch.bincount(labels[kept], minlength=n_clusters)
-    sums = features.new_zeros(n_clusters, features.shape[1]).index_add_(0, labels[kept], features[kept])
-    return sums / counts.clamp(min=1)[:, None], counts
+def _means(features: torch.Tensor, labels: np.ndarray, n_clusters: int) -> tuple:
+    "Mean feature of every cluster [K, D], not normalised, 0 where there is no sample; and the counts [K], on the host."
+    kept = np.flatnonzero(labels >= 0)
+    counts = np.bincount(labels[kept], minlength=n_clusters)
+    rows, own, n = (on_device(x, features.device) for x in (kept, labels[kept], counts.clip(min=1)))
+    sums = features.new_zeros(n_clusters, features.shape[1]).index_add_(0, own, features[rows])
+    return sums / n[:, None], counts
 
 # %% ../nbs/40_memories.ipynb #285ae5e5
 def cluster_means(
@@ -48,9 +48,9 @@ def cluster_means(
     return F.normalize(_all_present(means, counts), dim=1)
 
 
-def _all_present(means: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _all_present(means: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
     "`means`, after making sure that every label has samples."
-    empty = (counts == 0).nonzero().flatten().tolist()
+    empty = np.flatnonzero(counts == 0).tolist()
     require(not empty, f"memory: {len(empty)} of {len(counts)} clusters have no sample (first: {empty[:1]}); number the labels without gaps")
     return means
 
@@ -63,8 +63,8 @@ def joint_means(
     "Normalised mean of the two modality means of every joint cluster, or of the one that exists; raises `VireidError` like `cluster_means`."
     k = int(as_numpy(labels).max(initial=-1)) + 1
     features, labels = _checked(features, labels, k)
-    modality = torch.as_tensor(modality, device=features.device)
-    means, counts = zip(*(_means(features[modality == m], labels[modality == m], k) for m in Modality))
+    modality = as_numpy(modality)
+    means, counts = zip(*(_means(features, np.where(modality == m, labels, -1), k) for m in Modality))
     _all_present(means[0], counts[0] + counts[1])
     return F.normalize(means[0] + means[1], dim=1)  # a missing mean is 0, and halving would not change the direction
 
@@ -79,6 +79,7 @@ def cluster_nce(
     "Softmax contrast of every embedding against all memory entries; an empty or all-noise batch gives 0."
     require(reduction in ("mean", "none"), f"cluster_nce: reduction is {reduction!r}; 'mean' or 'none' is needed")
     emb, labels = _checked(emb, labels, len(centers))
+    labels = on_device(labels, emb.device)
     with torch.autocast(emb.device.type, enabled=False):
         similarity = F.normalize(emb, dim=1) @ centers.T
         losses = F.cross_entropy(similarity / temperature, labels, ignore_index=-1, reduction="none") if len(centers) else emb.sum(1) * 0
@@ -86,14 +87,12 @@ def cluster_nce(
 
 # %% ../nbs/40_memories.ipynb #c60ca9bc
 def _rounds(
-    labels: torch.Tensor,  # [B] int64, no noise
-    order: torch.Tensor,  # [B] permutation: in which order a cluster's samples come
-) -> list:
-    "Row indices of the first sample of every cluster, of the second, ..."
-    order = order[labels[order].argsort(stable=True)]
-    y = labels[order]
-    rank = torch.arange(len(y), device=y.device) - torch.searchsorted(y, y)  # how many of the same cluster came before
-    return [order[rank == r] for r in range(int(rank.max()) + 1 if len(y) else 0)]
+    labels: np.ndarray,  # [B] int64, no noise
+) -> list:  # arrays of places in a batch sorted by cluster
+    "Places of the first sample of every cluster, of the second, ..."
+    y = np.sort(labels)
+    rank = np.arange(len(y)) - np.searchsorted(y, y)  # how many of the same cluster come before
+    return [np.flatnonzero(rank == r) for r in range(rank.max(initial=-1) + 1)]
 
 # %% ../nbs/40_memories.ipynb #54b03b09
 RULES = ("sequential", "hard", "random", "mean")
@@ -111,27 +110,30 @@ def updated_memory(
 ) -> torch.Tensor:  # [K, D]
     "The memory after one batch; equal to updating sample by sample in batch order. Raises `VireidError` on bad input and leaves `centers` alone."
     emb, labels = _checked(emb, labels, len(centers))
-    emb, labels = F.normalize(emb[labels >= 0], dim=1), labels[labels >= 0]
-    out = centers.clone()
-    order = torch.arange(len(labels), device=labels.device)
+    put = lambda x: on_device(x, emb.device)
+    kept = np.flatnonzero(labels >= 0)
+    emb, labels = F.normalize(emb[put(kept)], dim=1), labels[kept]
+    out, own, order = centers.clone(), put(labels), np.arange(len(labels))
     if rule == "hard":
-        order = (emb * centers[labels]).sum(1).argsort(stable=True)
+        order = (emb * centers[own]).sum(1).argsort(stable=True)
     elif rule == "random":
         require(generator is not None, "memory: the random rule draws samples; pass generator=seeded_torch(seed, ...)")
-        order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
-        momentum = 0.0
+        order, momentum = torch.randperm(len(labels), generator=generator, device=generator.device), 0.0
     elif rule == "mean":
         means, counts = _means(emb, labels, len(centers))
-        labels = counts.nonzero().flatten()
-        emb, order = means[labels], torch.arange(len(labels), device=labels.device)
-    for rows in _rounds(labels, order)[: None if rule == "sequential" else 1]:
-        own = labels[rows]
-        out[own] = F.normalize(momentum * out[own] + (1 - momentum) * emb[rows], dim=1)
+        labels = np.flatnonzero(counts)
+        emb, own, order = means[put(labels)], put(labels), np.arange(len(labels))
+    order = put(order)
+    order = order[own[order].argsort(stable=True)]  # sorted by cluster
+    rounds = _rounds(labels)[: None if rule == "sequential" else 1]
+    for rows in order[put(np.concatenate([*rounds, labels[:0]]))].split([len(r) for r in rounds]):
+        y = own[rows]
+        out[y] = F.normalize(momentum * out[y] + (1 - momentum) * emb[rows], dim=1)
     return out
 
 # %% ../nbs/40_memories.ipynb #24a883b5
 class ClusterMemory(nn.Module):
-    "One unit vector a cluster (MMM's three memories of L_CMC; DMIC's cluster memories); raises `VireidError` on NaN, labels out of range and bad settings."
+    "One unit vector a cluster (MMM's three memories of L_CMC; DMIC's cluster memories); raises `VireidError` on NaN (on a CPU), labels out of range and bad settings."
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class ClusterMemory(nn.Module):
         require(temperature > 0, f"ClusterMemory: temperature is {temperature}; more than 0 is needed")
         require(0 <= momentum <= 1, f"ClusterMemory: momentum is {momentum}; 0 to 1 is needed")
         features = torch.as_tensor(features)
-        features, _ = _checked(features, torch.full(features.shape[:1], -1), 0)
+        features, _ = _checked(features, np.full(len(features), -1), 0)
         self.register_buffer("features", F.normalize(features.detach(), dim=1))
         self.temperature, self.momentum, self.rule = temperature, momentum, update
 

@@ -23,7 +23,8 @@ from .features import evaluating
 from .losses import batch_hard_triplet
 from .matching import match_labels
 from .memories import cluster_means, cluster_nce
-from .records import FeatureBank, Modality, PseudoLabels, derive_seed, log, n_clusters, require
+from .processes import everywhere
+from .records import FeatureBank, Modality, PseudoLabels, derive_seed, log, n_clusters, on_device, require
 from .sampling import joint_batches
 from .sca import confidences, inter_alignment, intra_alignment, weighted_centers
 from .training import Batch, BatchConfig, Embeddings, Learner, Method, OptimConfig, TrainConfig, phase_at
@@ -92,7 +93,8 @@ def with_matching(
 ) -> PseudoLabels:
     "The epoch's labels with `matched` and the report `info[\"matching\"]` (MMLM)."
     rule = config.matching.rule or {"paper": "hungarian", "released": "nearest"}[config.recipe]
-    matched, report = match_labels(bank, labels, n=config.matching.n, rule=rule, reading=config.recipe, seed=derive_seed(config.seed, "matching", epoch))
+    how = dict(n=config.matching.n, rule=rule, reading=config.recipe, seed=derive_seed(config.seed, "matching", epoch))
+    matched, report = everywhere(lambda: match_labels(bank, labels, **how))
     return replace(labels, matched=matched, info={**labels.info, "matching": report.as_dict()})
 
 # %% ../nbs/67_mmm.ipynb #8cf585cd
@@ -115,14 +117,13 @@ def intra_term(learner: Learner, bank: FeatureBank, labels: PseudoLabels, epoch:
     "The pull of samples towards their cluster's confidence-weighted centre, both modalities added (SCA, intra)."
     config, device = learner.config, learner.engine.device
     intra = labels.intra
-    weights = confidences(sample_losses(bank, labels, config.temperature), bank.modality, seed=derive_seed(config.seed, "sca", epoch))
+    weights = everywhere(lambda: confidences(sample_losses(bank, labels, config.temperature), bank.modality, seed=derive_seed(config.seed, "sca", epoch)))
     of = [bank.modality == m for m in Modality]
     centers = [weighted_centers(bank.features[m], intra[m], weights[m]).to(device) for m in of]
-    y, w = torch.from_numpy(intra).to(device), torch.from_numpy(weights).to(device)
 
     def term(batch: Batch, emb: Embeddings) -> dict:
         sides = (emb.visible, np.tile(batch.visible, 2), centers[0]), (emb.infrared, batch.infrared, centers[1])
-        pulls = [intra_alignment(F.normalize(e, dim=1), y[r], w[r], c) for e, r, c in sides]
+        pulls = [intra_alignment(F.normalize(e, dim=1), intra[r], weights[r], c) for e, r, c in sides]
         return {"sca_intra": config.sca.intra * sum(pulls)}
 
     return term
@@ -130,11 +131,11 @@ def intra_term(learner: Learner, bank: FeatureBank, labels: PseudoLabels, epoch:
 
 def inter_term(learner: Learner, shared: np.ndarray) -> Callable:  # shared: [N] labels over both modalities -> (batch, emb) -> {name: loss}
     "The pull between the modalities of each shared cluster, mean over plain and channel-augmented views (SCA, inter)."
-    y, weight = torch.from_numpy(shared).to(learner.engine.device), learner.config.sca.inter
+    weight = learner.config.sca.inter
 
     def term(batch: Batch, emb: Embeddings) -> dict:
         infrared, views = F.normalize(emb.infrared, dim=1), F.normalize(emb.visible, dim=1).chunk(2)
-        pulls = [inter_alignment(view, y[batch.visible], infrared, y[batch.infrared]) for view in views]
+        pulls = [inter_alignment(view, shared[batch.visible], infrared, shared[batch.infrared]) for view in views]
         return {"sca_inter": weight * sum(pulls) / len(pulls)}
 
     return term
@@ -181,11 +182,12 @@ def make_classifier(model: torch.nn.Module, labels: PseudoLabels, seed: int) -> 
 
 def plain_steps(learner: Learner, labels: np.ndarray, modality: np.ndarray, epoch: int) -> Iterator[dict]:  # labels: [N], -1 = noise
     "Cross-entropy of the classifier on all labelled pictures."
-    config, y = learner.config.align, torch.from_numpy(labels).to(learner.engine.device)
+    config, device = learner.config.align, learner.engine.device
     pairs = shuffled_pairs(labels, modality, config.n_ids * config.n_instances, learner.sampler("align", epoch))
     for batch in learner.batches(pairs, epoch, "align"):
         emb = torch.cat(learner.embed(batch))
-        yield {"identity": F.cross_entropy(learner.model.classifier(emb), y[np.concatenate([batch.visible, batch.visible, batch.infrared])])}
+        y = on_device(labels[np.concatenate([batch.visible, batch.visible, batch.infrared])], device)
+        yield {"identity": F.cross_entropy(learner.model.classifier(emb), y)}
 
 # %% ../nbs/67_mmm.ipynb #94e92d06
 def align_steps(learner: Learner, bank: FeatureBank, labels: np.ndarray, epoch: int) -> Iterator[dict]:  # labels: [N] matched, -1 = noise
@@ -199,20 +201,20 @@ def align_steps(learner: Learner, bank: FeatureBank, labels: np.ndarray, epoch: 
         yield from plain_steps(learner, labels, bank.modality, epoch)
         return
     losses, features = look_up(learner, labels, bank.modality, epoch)
-    weights = confidences(losses, bank.modality, seed=derive_seed(learner.config.seed, "sca", epoch))
+    weights = everywhere(lambda: confidences(losses, bank.modality, seed=derive_seed(learner.config.seed, "sca", epoch)))
     of = [bank.modality == m for m in Modality]
     centers = [weighted_centers(features[m], labels[m], weights[m], labels.max() + 1).to(device) for m in of]
-    y, w = torch.from_numpy(labels).to(device), torch.from_numpy(weights).to(device)
     for batch in learner.batches(pairs, epoch, "align"):
         emb, pooled = learner.embed(batch, pooled=True)
         rows = np.concatenate([batch.visible, batch.visible, batch.infrared])
-        items = F.cross_entropy(learner.model.classifier(torch.cat(emb)), y[rows], reduction="none")
+        y, w = on_device(labels[rows], device), on_device(weights[rows], device)
+        items = F.cross_entropy(learner.model.classifier(torch.cat(emb)), y, reduction="none")
         sides = zip(pooled, (np.tile(batch.visible, 2), batch.infrared), centers)
-        across = sum(inter_alignment(view, y[batch.visible], pooled.infrared, y[batch.infrared]) for view in pooled.visible.chunk(2))
+        across = sum(inter_alignment(view, labels[batch.visible], pooled.infrared, labels[batch.infrared]) for view in pooled.visible.chunk(2))
         yield {
-            "identity": (w[rows] * items).mean(),
-            "triplet": batch_hard_triplet(torch.cat(pooled), y[rows], config.margin),
-            "sca_intra": sca.intra * sum(intra_alignment(e, y[r], w[r], c, norm="l1") for e, r, c in sides),
+            "identity": (w * items).mean(),
+            "triplet": batch_hard_triplet(torch.cat(pooled), y, config.margin),
+            "sca_intra": sca.intra * sum(intra_alignment(e, labels[r], weights[r], c, norm="l1") for e, r, c in sides),
             "sca_inter": sca.inter * 2 * across,  # both directions in full, where `inter_alignment` halves them
         }
 
@@ -232,7 +234,7 @@ class FixedLabels(Method):
         "Inside the released third stage: its labels from the run folder, and a classifier for the saved weights."
         stage, at = phase_at(self.config, epoch)
         if stage == "align" and at:
-            self.fixed = run.labels(epoch - at)
+            self.fixed = everywhere(lambda: run.labels(epoch - at))
             model.classifier = make_classifier(model, self.fixed, self.config.seed)
 
 # %% ../nbs/67_mmm.ipynb #69107dc0

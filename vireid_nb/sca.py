@@ -11,7 +11,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from .losses import mmd2
-from .records import as_numpy, derive_seed, log, require
+from .records import as_numpy, derive_seed, log, on_device, require
 
 # %% ../nbs/44_sca.ipynb #32d1c45c
 def loss_mixture(
@@ -82,15 +82,14 @@ def intra_alignment(
 ) -> torch.Tensor:  # scalar
     "Confidence-weighted distance of samples to their cluster's centre, mean over labelled samples (MMM, intra-modality SCA); 0 with graph when there are none."
     require(norm in ("l1", "l2"), f"intra_alignment: norm is {norm!r}; 'l2' or 'l1' is needed")
-    emb = torch.as_tensor(emb).float()
-    labels = torch.as_tensor(labels, device=emb.device)
-    weights = torch.as_tensor(weights, device=emb.device).float().detach()
-    known = labels >= 0
-    if not known.any():
+    emb, labels = torch.as_tensor(emb).float(), as_numpy(labels, np.int64)
+    known = np.flatnonzero(labels >= 0)
+    if not len(known):
         return emb.sum() * 0
-    away = emb[known] - torch.as_tensor(centers, device=emb.device).float().detach()[labels[known]]
+    rows, own, weights, centers = (on_device(x, emb.device) for x in (known, labels[known], weights, centers))
+    away = emb[rows] - centers.float().detach()[own]
     distance = away.square().sum(1) if norm == "l2" else away.abs().mean(1)
-    return (weights[known] * distance).mean()
+    return (weights.float().detach()[rows] * distance).mean()
 
 # %% ../nbs/44_sca.ipynb #f3b3ba7f
 def inter_alignment(
@@ -101,10 +100,10 @@ def inter_alignment(
 ) -> torch.Tensor:  # scalar
     "MMD² between the modalities inside each shared cluster, mean over these, half its gradient to either side (MMM, inter-modality SCA); 0 with graph when no cluster is shared."
     v, r = torch.as_tensor(emb_visible).float(), torch.as_tensor(emb_infrared).float()
-    yv, yr = torch.as_tensor(labels_visible), torch.as_tensor(labels_infrared)
-    shared = sorted((set(yv.tolist()) & set(yr.tolist())) - {-1})
-    if not shared:
+    yv, yr = as_numpy(labels_visible, np.int64), as_numpy(labels_infrared, np.int64)
+    shared = np.intersect1d(yv[yv >= 0], yr)
+    if not len(shared):
         return (v.sum() + r.sum()) * 0
-    yv, yr = yv.to(v.device), yr.to(r.device)
-    gaps = torch.stack([mmd2(v[yv == k], r[yr == k]) for k in shared]).mean()
+    rows = lambda y, k: on_device(np.flatnonzero(y == k), v.device)
+    gaps = torch.stack([mmd2(v[rows(yv, k)], r[rows(yr, k)]) for k in shared]).mean()
     return gaps / 2 + gaps.detach() / 2

@@ -4,25 +4,33 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'TRIES', 'LUMINANCE', 'RED', 'GREEN', 'BLUE', 'GRAY', 'UNCHANGED', 'SOURCES',
-           'cache_bytes', 'at_size', 'decode', 'ImageStore', 'batches_ahead', 'AugmentConfig', 'normalize', 'Draws',
-           'draw', 'crop', 'erase', 'jitter', 'exchange', 'visible_views', 'infrared_view']
+           'cache_bytes', 'at_size', 'decode', 'fingerprint', 'alone', 'write_pictures', 'map_pictures', 'PictureFiles',
+           'ImageStore', 'batches_ahead', 'AugmentConfig', 'normalize', 'Draws', 'draw', 'crop', 'erase', 'jitter',
+           'exchange', 'visible_views', 'infrared_view']
 
 # %% ../nbs/12_transforms.ipynb #7ef4b57b
+import fcntl
+import hashlib
+import math
 import os
+import shutil
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .catalog import read_image
-from .records import as_numpy, require
+from .records import VireidError, as_numpy, atomic_path, log, on_device, require
 
 # %% ../nbs/12_transforms.ipynb #cbd3b2f1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -33,7 +41,7 @@ def cache_bytes(cache) -> int:  # cache: "auto", a number of bytes, or None
     "Bytes that decoded pictures may take; \"auto\" shares a quarter of the free memory among the processes of a machine."
     if cache == "auto":
         return psutil.virtual_memory().available // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    require(cache is None or (isinstance(cache, int) and cache >= 0), f"image cache is {cache!r}; 'auto' or a number of bytes is needed (0: keep nothing)")
+    require(cache is None or (isinstance(cache, int) and cache >= 0), f"image cache is {cache!r}; 'auto' or a number of bytes is needed (0: keep nothing), or a folder")
     return int(cache or 0)
 
 
@@ -53,7 +61,90 @@ def decode(
     return at_size(read_image(root, path), size)
 
 # %% ../nbs/12_transforms.ipynb #1838d6af
-class ImageStore:
+def fingerprint(
+    root,  # folder of the dataset
+    paths,  # [N] relative to it
+    size: tuple,  # height, width
+) -> str:
+    "A name for these pictures as they are now, decoded to this size; a missing one raises `VireidError`."
+    out = hashlib.blake2b(f"1 {Image.__version__} {Path(root).resolve()} {tuple(size)}".encode(), digest_size=12)  # 1: this layout of the file
+    for p in paths:
+        try:
+            held = os.stat(os.path.join(root, p))
+        except OSError:
+            read_image(root, p)  # says what is wrong with it
+            raise
+        out.update(f"\n{p} {held.st_size} {held.st_mtime_ns}".encode())
+    return out.hexdigest()
+
+
+@contextmanager
+def alone(path: Path):  # a lock file, made if it is not there; it stays
+    "One process at a time in here; a killed one lets go. Raises `VireidError` where a folder cannot be written or locked."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as e:
+        raise VireidError(f"picture cache: {path.parent} cannot be written or locked ({e.strerror}); choose a folder on a local disk") from e
+    with lock:
+        yield
+
+# %% ../nbs/12_transforms.ipynb #27f6325d
+def write_pictures(
+    path: Path,  # the file to appear
+    batches: Iterable,  # of uint8 arrays [b, 3, H, W]
+    shape: tuple,  # N, 3, H, W of all
+) -> None:
+    "Decoded pictures into one file, whole or not at all; raises `VireidError` when the disk has no room for them."
+    for left in path.parent.glob(f".*.tmp{path.suffix}"):  # by a killed process: nobody else is here
+        left.unlink(missing_ok=True)
+    (n, _, h, w), need, free = shape, math.prod(shape), shutil.disk_usage(path.parent).free
+    what = f"{n} pictures of {h} x {w} take {need / 1e9:.3g} GB"
+    require(need <= free, f"picture cache: {what}, {path.parent} has {free / 1e9:.3g} GB free; choose a folder on another disk, or none")
+    log.info("picture cache: %s; writing %s (%.3g GB free)", what, path, free / 1e9)
+    with atomic_path(path) as tmp, open(tmp, "wb") as f:
+        for pictures in batches:
+            f.write(pictures)
+
+
+def map_pictures(
+    folder,  # where cache files lie
+    name: str,  # of this one: see `fingerprint`
+    batches: Iterable,  # of uint8 arrays [b, 3, H, W]; looked at only when the file is not there
+    shape: tuple,  # N, 3, H, W of all
+) -> np.ndarray:  # [N, 3, H, W] uint8, mapped, read-only
+    "The pictures of a cache file, which is written before if it has to be."
+    path = Path(folder) / f"{name}.pixels"
+    ready = lambda: path.is_file() and path.stat().st_size == math.prod(shape)
+    if not ready():
+        with alone(path.with_name(".lock")):
+            if not ready():  # nobody wrote it while we waited
+                write_pictures(path, batches, shape)
+    return np.memmap(path, np.uint8, "r", shape=shape)
+
+# %% ../nbs/12_transforms.ipynb #7bd8dacd
+class PictureFiles:
+    "The picture files of a catalogue; decoding runs in threads, a broken one raises `VireidError` with its name."
+
+    def __init__(self, root, paths, size: tuple, threads: int = 0):  # see `ImageStore`
+        self.root, self.paths, self.size = root, list(paths), tuple(size)
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def decoded(self, rows: np.ndarray) -> np.ndarray:  # [b] -> [b, 3, H, W] uint8
+        "These pictures, read from their files."
+        return torch.stack(list(self._pool.map(lambda r: decode(self.root, self.paths[r], self.size), rows))).numpy()
+
+    def batches(self, n: int = 256) -> Iterator[np.ndarray]:
+        "All of them, n at a time."
+        for i in tqdm(range(0, len(self), n), "pictures", leave=False, disable=None if len(self) > 10 * n else True):
+            yield self.decoded(np.arange(i, min(i + n, len(self))))
+
+# %% ../nbs/12_transforms.ipynb #d03dd182
+class ImageStore(PictureFiles):
     "Pictures of a catalogue as uint8 [B, 3, H, W] on the host; a broken one raises `VireidError` with its name."
 
     def __init__(
@@ -61,31 +152,30 @@ class ImageStore:
         root,  # folder of the dataset
         paths,  # [N] relative to root; row i of the catalogue is picture i
         size: tuple = (288, 144),  # height, width
-        cache="auto",  # bytes for decoded pictures; "auto" = a quarter of the free memory, 0 = none
+        cache="auto",  # bytes for decoded pictures; "auto" = a quarter of the free memory, 0 = none; or a folder: see `map_pictures`
         threads: int = 0,  # decoding threads; 0 = one a core
     ):
-        self.root, self.paths, self.size = root, list(paths), tuple(size)
-        room = cache_bytes(cache) // (3 * size[0] * size[1])
-        self._kept = torch.empty(min(room, len(self)), 3, *self.size, dtype=torch.uint8)
-        self._slot = np.full(len(self), -1)  # where each picture is kept
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads or os.cpu_count())
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        super().__init__(root, paths, size, threads)
+        self._lock, n, shape = threading.Lock(), len(self), (3, *self.size)
+        if isinstance(cache, (str, Path)) and cache != "auto" and n:
+            self._kept, self._slot = map_pictures(cache, fingerprint(root, self.paths, size), self.batches(), (n, *shape)), np.arange(n)
+        else:
+            room = cache_bytes(cache if n else 0) // math.prod(shape)
+            self._kept, self._slot = np.empty((min(room, n), *shape), np.uint8), np.full(n, -1)  # slot: where each picture is kept
 
     def __getitem__(self, rows) -> torch.Tensor:  # rows: int positions, slice, or boolean mask
         rows = np.atleast_1d(np.arange(len(self))[rows if isinstance(rows, slice) else as_numpy(rows)])
-        out, slot = torch.empty(len(rows), 3, *self.size, dtype=torch.uint8), self._slot[rows]
-        out[slot >= 0] = self._kept[slot[slot >= 0]]
+        out, slot = np.empty((len(rows), 3, *self.size), np.uint8), self._slot[rows]
+        if len(self._kept):
+            self._kept.take(slot, 0, out, "clip")  # for a picture that is not kept, -1, anything: the next lines put it right
         new, where = np.unique(rows[slot < 0], return_inverse=True)
         if len(new):
-            decoded = torch.stack(list(self._pool.map(lambda r: decode(self.root, self.paths[r], self.size), new)))
-            out[slot < 0] = decoded[where]
-            self._keep(new, decoded)
-        return out
+            pictures = self.decoded(new)
+            out[slot < 0] = pictures[where]
+            self._keep(new, pictures)
+        return torch.from_numpy(out)
 
-    def _keep(self, rows: np.ndarray, pictures: torch.Tensor) -> None:
+    def _keep(self, rows: np.ndarray, pictures: np.ndarray) -> None:
         with self._lock:  # two threads may have decoded the same picture
             used = (self._slot >= 0).sum()
             fresh = np.flatnonzero(self._slot[rows] < 0)[: len(self._kept) - used]
@@ -98,12 +188,14 @@ def batches_ahead(
     store: ImageStore,
     rows: Iterable,  # of row arrays, one a batch
     depth: int = 2,  # how many batches to decode in advance
+    pin: bool = False,  # in page-locked memory, for a GPU
 ) -> Iterator[tuple]:  # (rows, images)
     "The batches in order, the next ones being decoded in the background."
+    take = lambda r: store[r].pin_memory() if pin else store[r]
     with ThreadPoolExecutor(1) as background:
         waiting = deque()
         for r in rows:
-            waiting.append((r, background.submit(store.__getitem__, r)))
+            waiting.append((r, background.submit(take, r)))
             if len(waiting) > depth:
                 r, images = waiting.popleft()
                 yield r, images.result()
@@ -124,7 +216,7 @@ class AugmentConfig:
 
 
 def _column(values, images: torch.Tensor) -> torch.Tensor:  # [3, 1, 1] on the device of images
-    return torch.tensor(values, device=images.device)[:, None, None]
+    return on_device(torch.tensor(values), images.device)[:, None, None]
 
 
 def normalize(
@@ -164,9 +256,10 @@ def draw(
     size: tuple,  # height, width
     generator: torch.Generator,  # on the CPU
     config: AugmentConfig,
+    rows: slice = slice(None),  # of the n, those whose draws are wanted
 ) -> Draws:
     "Crop, mirror and erasing for n pictures, from one block of random numbers."
-    u = torch.rand(6 + 2 * TRIES, n, generator=generator, dtype=torch.float64)
+    u = torch.rand(6 + 2 * TRIES, n, generator=generator, dtype=torch.float64)[:, rows]
     top, left = (u[:2] * (2 * config.pad + 1)).long()
     return Draws(top, left, u[2] < config.flip, _boxes(u[3:], size, config))
 
@@ -178,7 +271,7 @@ def crop(
 ) -> torch.Tensor:  # [B, 3, H, W] uint8
     "Each picture padded with black, cropped at its place, mirrored or not."
     b, c, h, w = images.shape
-    top, left, flip = (x.to(images.device) for x in (draws.top, draws.left, draws.flip))
+    top, left, flip = (on_device(x, images.device) for x in (draws.top, draws.left, draws.flip))
     y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     padded = F.pad(images, (pad, pad, pad, pad))
     first_row = torch.arange(b * c, device=images.device).view(b, c, 1) * (h + 2 * pad)
@@ -195,7 +288,7 @@ def erase(
 ) -> torch.Tensor:  # [B, 3, H, W]
     "Each picture's rectangle filled with a constant (random erasing)."
     h, w = images.shape[2:]
-    top, bottom, left, right = draws.box.to(images.device)[:, :, None]  # [B, 1] each
+    top, bottom, left, right = on_device(draws.box, images.device)[:, :, None]  # [B, 1] each
     y, x = torch.arange(h, device=images.device), torch.arange(w, device=images.device)
     in_rows, in_columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
     return torch.where((in_rows[:, :, None] & in_columns[:, None, :])[:, None], _column(fill, images), images)
@@ -216,9 +309,9 @@ def exchange(
     choice: torch.Tensor,  # [B] int64 on the CPU: RED, GREEN, BLUE, GRAY or UNCHANGED
 ) -> torch.Tensor:  # [B, 3, H, W]
     "Each picture's channels replaced by one of them, or by gray (channel augmentation, ICCV 2021)."
-    source = torch.tensor(SOURCES)[choice].to(images.device)
+    source = on_device(torch.tensor(SOURCES)[choice], images.device)
     out = images[torch.arange(len(images), device=images.device)[:, None], source]
-    gray = (choice == GRAY).nonzero()[:, 0].to(images.device)
+    gray = on_device((choice == GRAY).nonzero()[:, 0], images.device)
     out[gray] = (images[gray] * _column(LUMINANCE, images)).sum(1, keepdim=True).expand(-1, 3, -1, -1)
     return out
 
@@ -227,11 +320,12 @@ def visible_views(
     images: torch.Tensor,  # [B, 3, H, W] uint8, on any device
     generator: torch.Generator,  # on the CPU
     config: AugmentConfig = AugmentConfig(),
+    of: tuple | None = None,  # (n, slice): the pictures are these rows of a batch of n, and get what they would get as part of it
 ) -> tuple:  # (plain, channel-augmented), each [B, 3, H, W] float32 on the images' device
     "The two training views of visible pictures, drawn independently."
-    n, size = len(images), images.shape[2:]
-    plain, augmented = (jitter(images, draw(n, size, generator, config), config) for _ in range(2))
-    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    (n, rows), size = of or (len(images), slice(None)), images.shape[2:]
+    plain, augmented = (jitter(images, draw(n, size, generator, config, rows), config) for _ in range(2))
+    u = torch.rand(n, generator=generator, dtype=torch.float64)[rows]
     return plain, exchange(augmented, (u * (4 if config.visible_gray else 3)).long())
 
 
@@ -239,9 +333,10 @@ def infrared_view(
     images: torch.Tensor,  # [B, 3, H, W] uint8, on any device
     generator: torch.Generator,  # on the CPU
     config: AugmentConfig = AugmentConfig(),
+    of: tuple | None = None,  # as for `visible_views`
 ) -> torch.Tensor:  # [B, 3, H, W] float32 on the images' device
     "The training view of infrared pictures: R, G, B, or (a quarter) gray or unchanged with equal chance."
-    n, size = len(images), images.shape[2:]
-    view = jitter(images, draw(n, size, generator, config), config)
-    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    (n, rows), size = of or (len(images), slice(None)), images.shape[2:]
+    view = jitter(images, draw(n, size, generator, config, rows), config)
+    u = torch.rand(n, generator=generator, dtype=torch.float64)[rows]
     return exchange(view, torch.bucketize(u, torch.tensor([0.25, 0.5, 0.75, 0.875], dtype=torch.float64), right=True))
