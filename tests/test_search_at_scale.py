@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import adjusted_rand_score
 
 from vireid_nb import neighbors
 from vireid_nb.clustering import ClusterConfig, cross_modality_clustering
+from vireid_nb.jaccard import jaccard_distance, to_dense
 from vireid_nb.neighbors import knn, modality_knn, search_recall
 from vireid_nb.records import VireidError
 from vireid_nb.synthetic import make_vi_features
@@ -78,3 +80,42 @@ def test_a_device_that_is_not_there_is_refused(bank, monkeypatch):
         cross_modality_clustering(bank[0], ClusterConfig(device="cuda"))
     with pytest.raises(VireidError, match="search is 'quick'; choose exact or approximate"):
         ClusterConfig(search="quick")
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the same code runs through torch on the CPU in test_pseudo_labels")
+
+
+@needs_cuda
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tables_on_cuda_are_those_of_the_cpu(bank, monkeypatch, tf32):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    x, modality = bank[0].features, bank[0].modality
+    ours, theirs = knn(x, 20), knn(x, 20, device="cuda")
+    assert np.array_equal(ours[0], theirs[0]) and np.allclose(ours[1], theirs[1], atol=1e-6)
+    views = [modality_knn(x, modality, 10, 20, device=device) for device in ("cpu", "cuda")]
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(*views))
+
+
+@needs_cuda
+@pytest.mark.parametrize("groups", [(), ("modality",), ("modality", "camid")])
+def test_distances_on_cuda_are_those_of_the_cpu(bank, groups):
+    groups = [getattr(bank[0], g) for g in groups]
+    here, there = (to_dense(jaccard_distance(bank[0].features, k1=20, k2=6, groups=groups, device=device)) for device in ("cpu", "cuda"))
+    assert np.abs(here - there).max() < 1e-5
+
+
+@needs_cuda
+def test_labels_on_cuda_are_those_of_the_cpu(bank):
+    config = dict(k1=15, k2=6, joint_k1=20, joint_k2=8)
+    here, there = (cross_modality_clustering(bank[0], ClusterConfig(**config, device=device)) for device in ("cpu", "cuda"))
+    for name in ("visible", "infrared", "joint"):
+        assert adjusted_rand_score(getattr(here, name), getattr(there, name)) > 0.999
+
+
+@needs_cuda
+def test_faiss_on_the_gpu(bank):
+    faiss = pytest.importorskip("faiss")
+    if not getattr(faiss, "get_num_gpus", int)():
+        pytest.skip("this faiss has no GPU support; install faiss-gpu")
+    x = bank[0].features
+    assert np.array_equal(knn(x, 20, backend="faiss", device="cuda")[0], knn(x, 20)[0])
