@@ -255,11 +255,11 @@ def test_codes_use_dot_products_of_features_as_given():
 def test_full_columns_change_no_bit(monkeypatch):
     x = unit(np.random.default_rng(7), 400, 300) + np.float32(0.2)
     ranks, sqdist = knn(x, 30)
-    V = jaccard._expand(neighbour_codes(x, ranks, sqdist), averaging_matrix(ranks, 20))
-    reference = jaccard._distances(V, 1.0)
+    V = jaccard.expand_codes(neighbour_codes(x, ranks, sqdist), averaging_matrix(ranks, 20))
+    reference = jaccard.code_distances(V, 1.0)
     none = lambda colptr, rows, vals: (np.full(400, -1, np.int32), np.zeros((0, 400), np.float32))
     monkeypatch.setattr(jaccard, "_full_columns", none)
-    sparse = jaccard._distances(V, 1.0)
+    sparse = jaccard.code_distances(V, 1.0)
     assert reference.data.tobytes() == sparse.data.tobytes() and (reference.indices == sparse.indices).all()
 
 
