@@ -25,8 +25,11 @@ x = torch.from_numpy(bank.features)  # the way of an accelerator, through torch 
 views = [(0, len(x), slice(0, 2), (0, len(x)), 20, np.arange(len(x))), (0, 2400, slice(0, 1), (0, 2400), 20, np.arange(len(x)))]
 together, alone = (_search(x, [2400, len(x)], views, shared=shared) for shared in (True, False))
 same["tensors"] = all(torch.equal(a, b) for one, other in zip(together, alone) for a, b in zip(one, other))
-near = [knn(bank.features, 20, backend="faiss-ivf", shared=shared)[0] for shared in (True, False)]
-same["approximate"] = np.array_equal(*near)
+for backend in ("pivots", "faiss-ivf"):
+    near = [knn(bank.features, 20, backend=backend, shared=shared)[0] for shared in (True, False)]
+    same[backend] = np.array_equal(*near)
+    views = (modality_knn(bank.features, bank.modality, 15, 25, backend=backend, shared=shared) for shared in (True, False))
+    same[f"modalities, {backend}"] = all(np.array_equal(a[0], b[0]) for a, b in zip(*views))
 config = ClusterConfig(k1=10, k2=4, joint_k1=20, joint_k2=8)
 labels = [cross_modality_clustering(bank, config, shared=shared) for shared in (True, False)]
 same["labels"] = all(np.array_equal(getattr(labels[0], name), getattr(labels[1], name)) for name in ("visible", "infrared", "joint"))

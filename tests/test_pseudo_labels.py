@@ -176,10 +176,11 @@ def test_row_order_does_not_change_the_distance():
     assert np.abs(a[np.ix_(p, p)] - b).max() < 1e-6
 
 
-def test_faiss_ivf_is_close_and_self_comes_first():
+@pytest.mark.parametrize("backend", ["pivots", "faiss-ivf"])
+def test_an_approximate_search_is_close_and_self_comes_first(backend):
     x = unit(np.random.default_rng(3), 3000, 8)
     exact, _ = knn(x, 10)
-    near, _ = knn(x, 10, backend="faiss-ivf")
+    near, _ = knn(x, 10, backend=backend)
     assert (near[:, 0] == np.arange(3000)).all()
     assert np.mean([len(set(a) & set(b)) for a, b in zip(exact, near)]) > 8
 

@@ -41,29 +41,53 @@ def test_recall_is_the_share_of_true_neighbours(bank):
     assert search_recall(x, ranks[:, :1]) == 1
 
 
-def test_recall_by_blocks_equals_recall_at_once(bank):
+@pytest.mark.parametrize("backend", ["pivots", "faiss-ivf"])
+def test_recall_by_blocks_equals_recall_at_once(bank, backend):
     x = bank[0].features
-    near, _ = knn(x, 20, backend="faiss-ivf")
+    near, _ = knn(x, 20, backend=backend)
     true, _ = knn(x, 20)
     counted = np.mean([np.isin(near[i, 1:], true[i, 1:]).mean() for i in range(len(x))])
     assert abs(search_recall(x, near, samples=len(x)) - counted) < 1e-3
 
 
-def test_friends_and_several_partitions_raise_recall(bank, monkeypatch):
-    x = bank[0].features
+def test_friends_probes_and_turns_each_raise_recall(monkeypatch):
+    x = make_vi_features(800, 15, 10, dim=64, seed=2)[0].features
+    monkeypatch.setattr(neighbors, "PROBES", 1)
     found = {}
-    for partitions in (1, 4):
-        monkeypatch.setattr(neighbors, "PARTITIONS", partitions)
-        found[partitions] = search_recall(x, knn(x, 20, backend="faiss-ivf")[0], samples=len(x))
-    assert 0.5 < found[1] < found[4] and found[4] > 0.95
+    for turns, friends in [(1, False), (3, False), (3, True)]:
+        with monkeypatch.context() as m:
+            m.setattr(neighbors, "TURNS", turns)
+            if not friends:
+                m.setattr(neighbors, "_befriended", lambda x, ends, score, ids, rows, shared: (score, ids))
+            found[turns, friends] = search_recall(x, knn(x, 15, backend="pivots")[0], samples=1000)
+    monkeypatch.undo()
+    whole = search_recall(x, knn(x, 15, backend="pivots")[0], samples=1000)
+    assert found[1, False] < found[3, False] < found[3, True] < whole and whole > 0.95, (found, whole)
 
 
-def test_approximate_tables_are_well_formed(bank):
+def test_copies_of_one_picture_do_not_make_all_pairs(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = np.concatenate([np.repeat(rng.normal(size=(1, 16)), 12000, 0), rng.normal(size=(3000, 16))]).astype(np.float32)
+    compared, chunks = [], neighbors.in_chunks
+
+    def counting(kernel, n, *args, **more):
+        if kernel is neighbors._scan_cell:
+            compared.append(args[0].size)
+        return chunks(kernel, n, *args, **more)
+
+    monkeypatch.setattr(neighbors, "in_chunks", counting)
+    ranks, sqdist = knn(x, 10, backend="pivots")
+    assert 0 < sum(compared) / 2 < neighbors.TURNS * 12000**2 / 4  # each tile is looked at from both sides
+    assert (sqdist[:12000] == 0).all() and (ranks[:12000] < 12000).all()
+
+
+@pytest.mark.parametrize("backend", ["pivots", "faiss-ivf"])
+def test_approximate_tables_are_well_formed(bank, backend):
     x = bank[0].features
-    ranks, sqdist = knn(x, 20, backend="faiss-ivf")
+    ranks, sqdist = knn(x, 20, backend=backend)
     assert (ranks[:, 0] == np.arange(len(x))).all() and (np.diff(sqdist, axis=1) >= 0).all()
     assert all(len(set(row)) == 20 for row in ranks)
-    visible, infrared, joint = modality_knn(x, bank[0].modality, 10, 20, backend="faiss-ivf")
+    visible, infrared, joint = modality_knn(x, bank[0].modality, 10, 20, backend=backend)
     assert visible[0].max() < len(visible[0]) and infrared[0].max() < len(infrared[0]) and len(joint[0]) == len(x)
 
 
@@ -94,6 +118,13 @@ def test_tables_on_cuda_are_those_of_the_cpu(bank, monkeypatch, tf32):
     assert np.array_equal(ours[0], theirs[0]) and np.allclose(ours[1], theirs[1], atol=1e-6)
     views = [modality_knn(x, modality, 10, 20, device=device) for device in ("cpu", "cuda")]
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(*views))
+
+
+@needs_cuda
+def test_pivots_on_cuda_find_what_they_find_on_the_cpu(bank):
+    x = bank[0].features
+    here, there = (knn(x, 20, backend="pivots", device=device)[0] for device in ("cpu", "cuda"))
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(here, there)]) > 0.99
 
 
 @needs_cuda

@@ -84,7 +84,7 @@ class ClusterConfig:
     intra_groups: str = "none"  # averaging within a modality: "none" | "camera" (DMIC)
     joint_groups: str = "modality"  # averaging over both: "none" | "modality" (MMM) | "camera" (DMIC)
     averaging: str = "nested"  # with cameras: "nested" camera -> modality -> all | "flat" over cameras
-    search: str = "exact"  # "exact" | "approximate": faiss partitions, for sets so large that all pairs take hours
+    search: str = "exact"  # "exact" | "approximate": cells around random samples, for sets so large that all pairs take hours
     device: str = "cpu"  # where pseudo-labels are made: "cpu" | "cuda"
 
     def __post_init__(self):
@@ -160,7 +160,7 @@ def neighbour_tables(
 ) -> tuple:  # ((visible, infrared, joint), seconds): the tables of `modality_knn`
     "The neighbour pass of an epoch."
     start = time.perf_counter()
-    backend = "faiss-ivf" if config.search == "approximate" else "auto"
+    backend = "pivots" if config.search == "approximate" else "auto"
     tables = modality_knn(bank.features, bank.modality, config.k1, config.joint_k1, backend=backend, device=config.device, shared=shared)
     return tables, time.perf_counter() - start
 
