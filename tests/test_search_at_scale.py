@@ -98,6 +98,13 @@ def test_approximate_labels_are_nearly_those_of_the_exact_search(bank):
         assert adjusted_rand_score(getattr(exact, name), getattr(near, name)) > 0.9
 
 
+def test_faiss_multiplies_with_the_kernels_that_numpy_chose():
+    ask = "from threadpoolctl import threadpool_info as t; from vireid_nb.neighbors import load_faiss; load_faiss(); import os; print({i['architecture'] for i in t() if i['internal_api'] == 'openblas'}, os.environ.get('OPENBLAS_CORETYPE'))"
+    env = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, env=env).stdout
+    assert told.count("'") == 2 and told.endswith("None\n"), told  # one architecture for all, nothing left behind
+
+
 def test_a_device_that_is_not_there_is_refused(bank, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(VireidError, match="sees no CUDA device"):

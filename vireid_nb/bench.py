@@ -45,7 +45,7 @@ from .hmcl import HybridMemory
 from .jaccard import averaging_matrix, code_distances, expand_codes, neighbour_codes
 from .matching import match_clusters, matching_cost, sub_memories
 from .memories import ClusterMemory, cluster_means, joint_means
-from .neighbors import TILE, knn, search_recall
+from .neighbors import TILE, knn, load_faiss, search_recall
 from .processes import everywhere, main, start, world
 from .records import FeatureBank, Modality, PseudoLabels, log, require, seeded, seeded_torch
 from .synthetic import make_vi_features, write_dataset
@@ -225,8 +225,7 @@ FORMS = {"plain, k1 30 k2 6": (30, 6, ()), "modality, k1 40 k2 32": (40, 32, ("m
 
 def faiss_search(x: np.ndarray, k: int) -> float:
     "Seconds of faiss's exact search."
-    import faiss
-
+    faiss = load_faiss()
     start = time.perf_counter()
     index = faiss.IndexFlatL2(x.shape[1])
     index.add(x)

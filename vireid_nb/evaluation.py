@@ -14,6 +14,7 @@ import pandas as pd
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
+from .neighbors import in_chunks
 from .records import FeatureBank, Modality, PseudoLabels, as_numpy, n_clusters, require
 
 # %% ../nbs/50_evaluation.ipynb #c9de4437
@@ -145,12 +146,14 @@ def per_query_metrics(
     ids, g_codes = np.unique(g_pids, return_inverse=True)
     place = np.searchsorted(ids, q_pids).clip(max=len(ids) - 1)
     q_codes = np.where(ids[place] == q_pids, place, -1)
-    step, parts = max(1, 2**17 // dist.shape[1]), []  # about a megabyte of keys at a time: they stay in the cache
-    for i in range(0, len(dist), step):
-        b = slice(i, i + step)
-        require(not np.isnan(dist[b]).any(), f"evaluation: NaN among the distances of queries {i} to {i + len(dist[b]) - 1}; look at the features that made them")
+
+    def block(start, stop):
+        b = slice(start, stop)
+        require(not np.isnan(dist[b]).any(), f"evaluation: NaN among the distances of queries {start} to {stop - 1}; look at the features that made them")
         hidden = camera_rule(protocol, q_pids[b], g_pids, None if q_camids is None else q_camids[b], g_camids)
-        parts.append(_block(dist[b], q_codes[b], g_codes, hidden, protocol != "regdb"))
+        return _block(dist[b], q_codes[b], g_codes, hidden, protocol != "regdb")
+
+    parts = in_chunks(block, len(dist), rows=max(1, 2**17 // dist.shape[1]))  # about a megabyte of keys at a time: they stay in the cache
     table = pd.DataFrame(np.concatenate(parts), columns=["ap", "inp", "first_rank", "n_matches"])
     return table.astype({"n_matches": np.int64})
 

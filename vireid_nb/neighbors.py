@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['TILE', 'NOBODY', 'MARGIN', 'CELL', 'PROBES', 'TURNS', 'BACKENDS', 'APPROXIMATE', 'exact_dot', 'squared_norms',
-           'in_chunks', 'finite_features', 'knn', 'search_recall', 'modality_knn']
+           'in_chunks', 'load_faiss', 'finite_features', 'knn', 'search_recall', 'modality_knn']
 
 # %% ../nbs/30_neighbors.ipynb #f603f911
+import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, product
 
 import numpy as np
 import torch
 from numba import njit
+from threadpoolctl import threadpool_info
 
 from .processes import gather_rows, rank, share, total, world
 from .records import Modality, as_numpy, log, require, seeded
@@ -279,12 +281,25 @@ def _sorted_device(dist, name, k):  # dist, name: [B, M]
     return name.gather(1, by_dist)[:, :k], dist[:, :k]
 
 # %% ../nbs/30_neighbors.ipynb #f27bf4e1
-def _index(x: np.ndarray, approximate: bool, device):  # x: [N, D] of one segment
-    "A faiss index of x; on every GPU faiss sees if the device is CUDA."
+def load_faiss():
+    "The module faiss, its matrix product made for this processor: its own OpenBLAS may be too old to know a new one, which numpy's does. Raises `VireidError` when faiss is not there."
+    known = next((lib["architecture"] for lib in threadpool_info() if lib["internal_api"] == "openblas" and "faiss" not in lib["filepath"]), None)
+    chosen = "OPENBLAS_CORETYPE" in os.environ
+    if known and not chosen:
+        os.environ["OPENBLAS_CORETYPE"] = known
     try:
         import faiss
     except ImportError as e:
         require(False, f"knn: the faiss backends need faiss ({e}); install vireid_nb[cpu] or use backend='torch'")
+    finally:
+        if not chosen:
+            os.environ.pop("OPENBLAS_CORETYPE", None)
+    return faiss
+
+
+def _index(x: np.ndarray, approximate: bool, device):  # x: [N, D] of one segment
+    "A faiss index of x; on every GPU faiss sees if the device is CUDA."
+    faiss = load_faiss()
     n, d = x.shape
     index = faiss.IndexFlatL2(d)
     if approximate:
