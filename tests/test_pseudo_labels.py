@@ -354,3 +354,18 @@ def test_presets_are_the_published_values():
     assert CLUSTER_PRESETS["dmic-sysu"].joint_groups == "camera"
     with pytest.raises(VireidError, match="k1"):
         ClusterConfig(k1=0)
+
+
+@pytest.mark.parametrize("k1, k2, near", [(40, 32, False), (300, 6, True)], ids=["few pairs left", "all pairs left"])
+def test_entries_that_wait_change_no_bit(k1, k2, near):
+    x = unit(np.random.default_rng(5), 600, 64)
+    ranks, sqdist = knn(x, k1)
+    V = jaccard.expand_codes(jaccard.neighbour_codes(x, ranks, sqdist), jaccard.averaging_matrix(ranks, k2))
+    colptr, _, _, place = jaccard._by_columns(V.indptr, V.indices, V.data)
+    waits, enough = np.zeros(600, bool), np.float32(2 * 0.4 / 1.4)
+    waiting = [jaccard._choose(V.indptr[i], V.indptr[i + 1], V.indices, V.data, place, colptr, enough, waits)[0] for i in range(600)]
+    assert (np.array(waiting) > 0).sum() > 50 and max(waiting) < enough
+    some, every = jaccard.code_distances(V, 0.6), jaccard.code_distances(V, 1.0)  # where nothing may wait
+    below = every.data < np.float32(0.6)
+    assert np.array_equal(some.indices, every.indices[below]) and np.array_equal(some.data, every.data[below])
+    assert (some.nnz > 100_000) == near and some.nnz > 600

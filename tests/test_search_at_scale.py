@@ -13,7 +13,7 @@ from sklearn.metrics import adjusted_rand_score
 from vireid_nb import neighbors
 from vireid_nb.clustering import ClusterConfig, cross_modality_clustering
 from vireid_nb.jaccard import jaccard_distance, to_dense
-from vireid_nb.neighbors import knn, modality_knn, search_recall
+from vireid_nb.neighbors import BACKENDS, knn, modality_knn, search_recall
 from vireid_nb.records import VireidError
 from vireid_nb.synthetic import make_vi_features
 
@@ -109,6 +109,9 @@ def test_a_device_that_is_not_there_is_refused(bank, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(VireidError, match="sees no CUDA device"):
         cross_modality_clustering(bank[0], ClusterConfig(device="cuda"))
+    for backend in BACKENDS:
+        with pytest.raises(VireidError, match="sees no CUDA device"):
+            knn(bank[0].features, 5, backend=backend, device="cuda")
     with pytest.raises(VireidError, match="search is 'quick'; choose exact or approximate"):
         ClusterConfig(search="quick")
 
