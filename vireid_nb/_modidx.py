@@ -528,6 +528,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/vireid_nb', 'doc_host': ''
                                      'vireid_nb.neighbors._search': ('neighbors.html#_search', 'vireid_nb/neighbors.py'),
                                      'vireid_nb.neighbors._settle': ('neighbors.html#_settle', 'vireid_nb/neighbors.py'),
                                      'vireid_nb.neighbors._sorted_device': ('neighbors.html#_sorted_device', 'vireid_nb/neighbors.py'),
+                                     'vireid_nb.neighbors._there': ('neighbors.html#_there', 'vireid_nb/neighbors.py'),
                                      'vireid_nb.neighbors.exact_dot': ('neighbors.html#exact_dot', 'vireid_nb/neighbors.py'),
                                      'vireid_nb.neighbors.finite_features': ('neighbors.html#finite_features', 'vireid_nb/neighbors.py'),
                                      'vireid_nb.neighbors.in_chunks': ('neighbors.html#in_chunks', 'vireid_nb/neighbors.py'),

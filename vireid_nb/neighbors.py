@@ -477,6 +477,13 @@ def _meet(score: np.ndarray, ids: np.ndarray, rows: slice) -> None:  # [S, N, si
                     in_chunks(_join, b - a, parts[0][other, s], parts[1][other, s], score[s, a:b], ids[s, a:b])
 
 # %% ../nbs/30_neighbors.ipynb #296daabb
+def _there(device) -> torch.device:
+    "The device; raises `VireidError` when torch does not see it."
+    device = torch.device(device)
+    require(device.type != "cuda" or torch.cuda.is_available(), "knn: the device is cuda, but this torch sees no CUDA device; use cpu")
+    return device
+
+
 def finite_features(
     features,  # [N, D] array or tensor
     device=None,  # where to work; None = where the features are
@@ -484,8 +491,7 @@ def finite_features(
     "Features as the pseudo-label notebooks work on them: contiguous float32. Raises `VireidError` on NaN, infinity, no samples or a wrong shape."
     if device is None:
         device = features.device if isinstance(features, torch.Tensor) else "cpu"
-    device = torch.device(device)
-    require(device.type != "cuda" or torch.cuda.is_available(), "knn: the device is cuda, but this torch sees no CUDA device; use cpu")
+    device = _there(device)
     require(getattr(features, "ndim", 2) == 2, f"knn: features have shape {tuple(features.shape)}; [N, D] is needed")
     x = torch.as_tensor(features, dtype=torch.float32, device=device).detach().contiguous()
     require(len(x) > 0, "knn: there are no samples to search; check the selection that made this feature array")
@@ -533,7 +539,9 @@ def _search(x, ends, views, backend="torch", device=None, shared=False) -> list:
 def _ready(features, backend, device) -> tuple:  # (features where the backend needs them, backend without "auto")
     "What `_search` works on."
     require(backend in BACKENDS, f"knn: no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    return finite_features(features, device if backend in ("auto", "torch") else "cpu"), "torch" if backend == "auto" else backend
+    here = device if backend in ("auto", "torch") else "cpu"  # the others take the features piece by piece
+    _there(device or "cpu")
+    return finite_features(features, here), "torch" if backend == "auto" else backend
 
 
 def knn(
