@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/vireid_nb', 'doc_host': ''
                                   'vireid_nb.engine.Stopwatch.__call__': ('engine.html#stopwatch.__call__', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.Stopwatch.__init__': ('engine.html#stopwatch.__init__', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.Stopwatch.take': ('engine.html#stopwatch.take', 'vireid_nb/engine.py'),
+                                  'vireid_nb.engine._peak_bytes': ('engine.html#_peak_bytes', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.arriving': ('engine.html#arriving', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.compile_shared': ('engine.html#compile_shared', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.flatten_optimizer': ('engine.html#flatten_optimizer', 'vireid_nb/engine.py'),

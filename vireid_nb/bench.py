@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -38,7 +39,7 @@ from .backbone import BackboneConfig, build_backbone
 from .baseline import Baseline, baseline_preset
 from .catalog import load_catalog
 from .clustering import ClusterConfig, cap_for, dbscan, modality_graphs, neighbour_tables
-from .engine import Engine, EngineConfig, peak_memory_gb
+from .engine import Engine, EngineConfig
 from .evaluation import evaluate_regdb, evaluate_sysu
 from .features import extract
 from .hmcl import HybridMemory
@@ -79,11 +80,8 @@ class Measure:
 
     @staticmethod
     def _now() -> float:
-        "The process's resident bytes (where /proc is missing, its high-water mark)."
-        status = Path("/proc/self/statm")
-        if status.exists():
-            return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return 1e9 * peak_memory_gb()["process"]
+        "The process's resident bytes."
+        return psutil.Process().memory_info().rss
 
 # %% ../nbs/78_bench.ipynb #b127fe2f
 class Figures:

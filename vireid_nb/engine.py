@@ -9,7 +9,6 @@ __all__ = ['EngineConfig', 'resolve', 'Arithmetic', 'refuse', 'compile_shared', 
 
 # %% ../nbs/60_engine.ipynb #d906506c
 import json
-import resource
 import sys
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -255,10 +255,18 @@ class Stopwatch:
         return out
 
 
+def _peak_bytes() -> int:
+    "Largest resident memory of the process so far."
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has no such module
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory_gb() -> dict:
     "Largest memory so far in GB (1e9 bytes): of the process, and of the GPU if one is used."
-    unit = 1 if sys.platform == "darwin" else 1024
-    out = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)}
+    out = {"process": round(_peak_bytes() / 1e9, 3)}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         out["gpu"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return out

@@ -9,7 +9,6 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'TRIES', 'LUMINANCE', 'RED', 'GREEN'
            'exchange', 'visible_views', 'infrared_view']
 
 # %% ../nbs/12_transforms.ipynb #7ef4b57b
-import fcntl
 import hashlib
 import math
 import os
@@ -26,6 +25,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -83,10 +83,9 @@ def alone(path: Path):  # a lock file, made if it is not there; it stays
     "One process at a time in here; a killed one lets go. Raises `VireidError` where a folder cannot be written or locked."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as e:
-        raise VireidError(f"picture cache: {path.parent} cannot be written or locked ({e.strerror}); choose a folder on a local disk") from e
+        lock = FileLock(path).acquire()
+    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
+        raise VireidError(f"picture cache: {path.parent} cannot be written or locked ({getattr(e, 'strerror', e)}); choose a folder on a local disk") from e
     with lock:
         yield
 
