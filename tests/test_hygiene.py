@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "vireid_nb").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
-EXPORT_LINES, HIDDEN_SHARE = 40, 0.20
+FUNCTION_LINES, CLASS_LINES, HIDDEN_SHARE = 40, 100, 0.20
 NOTEBOOK_BYTES, OUTPUT_BYTES, PNG_BYTES = 300_000, 200_000, 60 * 1024
 UNFINISHED = "|".join(["TO" + "DO", "FIX" + "ME", "NotImplemented" + "Error"])
 MACHINE_PATH = "|".join(rf"(?<![\w.]){start}" for start in ("/work/", "/root/", "/home/", "/tmp/", "/Users/", r"[A-Z]:\\\\Users"))
@@ -97,6 +97,22 @@ def none_of(problems):
     assert not problems, "\n" + "\n".join(problems)
 
 
+def own_lines(node):
+    return node.end_lineno - min([node.lineno, *(d.lineno for d in node.decorator_list)]) + 1
+
+
+def too_long(src):
+    "Functions and classes of a cell beyond their lengths, and cells of several that ought to be several cells."
+    defined = [n for n in ast.walk(ast.parse(src)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    for node in defined:
+        most = CLASS_LINES if isinstance(node, ast.ClassDef) else FUNCTION_LINES
+        if own_lines(node) > most:
+            yield f"{node.name} has {own_lines(node)} lines, {most} at most; what is the second idea in it?"
+    most = CLASS_LINES if any(isinstance(n, ast.ClassDef) for n in defined) else FUNCTION_LINES
+    if defined and len(src.splitlines()) > most + 2:  # the directive and a line of air
+        yield f"{len(src.splitlines())} exported lines, {most} at most; split the cell"
+
+
 NUMBER = {module_of(p): p.name[:2] for p in NOTEBOOKS if module_of(p)}
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 exporting_notebook = pytest.mark.parametrize("path", [p for p in NOTEBOOKS if module_of(p)], ids=lambda p: p.stem)
@@ -177,11 +193,19 @@ def test_first_and_last_cells(path):
 @exporting_notebook
 def test_shape(path):
     cells, exports = load(path)["cells"], exported(path)
-    none_of(f"{path.name} cell {i}: {n} exported lines, {EXPORT_LINES} at most; split it" for i, s in exports if (n := len(s.splitlines())) > EXPORT_LINES)
+    none_of(f"{path.name} cell {i}: {what}" for i, s in exports for what in too_long(s))
     hidden = sum(has(s, r"(hide|include:\s*false)") for _, s in code_cells(path))
     assert hidden <= HIDDEN_SHARE * len(cells), f"{path.name}: {hidden} of {len(cells)} cells are hidden, {HIDDEN_SHARE:.0%} at most; show them"
     prose = sum(c["cell_type"] == "markdown" for c in cells)
     assert prose >= len(exports), f"{path.name}: {prose} markdown cells for {len(exports)} exported ones; say why each is there"
+
+
+def test_what_is_too_long():
+    lines = lambda n: "".join(f"    x = {i}\n" for i in range(n))
+    assert not list(too_long("def f():\n" + lines(39))) and [x[:12] for x in too_long("def f():\n" + lines(45))] == ["f has 46 lin", "46 exported "]
+    method = "class A:\n" + "".join(f"    def m{i}(self):\n        return {i}\n" for i in range(30))
+    assert not list(too_long(method)) and not list(too_long("import os\n" * 60))
+    assert [x[:9] for x in too_long(method + method.replace("A", "B"))] == ["122 expor"]
 
 
 @exporting_notebook

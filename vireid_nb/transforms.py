@@ -84,7 +84,7 @@ def alone(path: Path):  # a lock file, made if it is not there; it stays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path).acquire()
-    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
+    except (OSError, RuntimeError) as e:  # the latter: a file system without locks
         raise VireidError(f"picture cache: {path.parent} cannot be written or locked ({getattr(e, 'strerror', e)}); choose a folder on a local disk") from e
     with lock:
         yield
