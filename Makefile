@@ -42,4 +42,5 @@ test: $(INSTALLED)
 	@echo "== 3/4 every notebook runs"
 	@$(BIN)/nbdev_test --n_workers 2 --timing || { echo "repair: open the notebook named above ('make lab'), or run it alone: $(BIN)/nbdev_test --path nbs/NAME.ipynb"; exit 1; }
 	@echo "== 4/4 pytest"
+	@$(BIN)/python tests/browser.py
 	@$(BIN)/python -m pytest -n 2 --dist loadfile || { code=$$?; echo "repair: run a failing test alone: $(BIN)/python -m pytest -k NAME"; exit $$code; }

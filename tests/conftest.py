@@ -6,6 +6,7 @@ for name, value in {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}.items():  # bef
 
 import pytest
 import torch
+from browser import chromium, pytest_terminal_summary  # noqa: F401  every test may ask for the browser
 from hypothesis import settings
 
 torch.set_num_threads(1)  # bit-for-bit comparisons must not depend on the machine

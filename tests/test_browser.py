@@ -1,4 +1,4 @@
-"The widgets in a real JupyterLab, in a real browser, moved by a real mouse. Chromium is needed: where CI is set its absence is a failure, elsewhere a skip."
+"The widgets in a real JupyterLab, in a real browser, moved by a real mouse."
 import json
 import os
 import re
@@ -12,39 +12,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from browser import missing
 from looking import made_up_run
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--no-sandbox", "--disable-gpu", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 WAIT = int(os.environ.get("BROWSER_WAIT", 120_000))  # milliseconds; a busy two-core machine compiles for a long time
-
-
-def missing(reason):
-    "Fail where everything was promised, skip elsewhere."
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason}; CI must have it: apt-get install -y chromium && pip install playwright jupyterlab")
-    pytest.skip(reason)
 
 
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing("playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        missing("there is no chromium")
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -454,23 +453,17 @@ def test_numbers(value, text):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it_without_a_network(tmp_path, scheme):
-    from playwright.sync_api import sync_playwright
-
+def test_a_browser_shows_it_without_a_network(chromium, tmp_path, scheme):
     path = report(make_run(tmp_path / "run"))
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        try:
-            page = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": 1240, "height": 900}).new_page()
-            said, asked = [], []
-            page.on("console", lambda m: said.append(m.text))
-            page.on("request", lambda r: asked.append(r.url))
-            page.goto(path.as_uri())
-            assert page.title() == "run" and not said and asked == [path.as_uri()]
-            assert page.evaluate("document.documentElement.scrollWidth") == 1240
-            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-            boxes = page.evaluate("[...document.querySelectorAll('figure > svg')].map(s => s.getBoundingClientRect()).map(b => Math.min(b.width, b.height))")
-            assert len(boxes) > 10 and min(boxes) > 100
-        finally:
-            browser.close()
+    page = chromium.new_context(offline=True, color_scheme=scheme, viewport={"width": 1240, "height": 900}).new_page()
+    said, asked = [], []
+    page.on("console", lambda m: said.append(m.text))
+    page.on("request", lambda r: asked.append(r.url))
+    page.goto(path.as_uri())
+    assert page.title() == "run" and not said and asked == [path.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") == 1240
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    boxes = page.evaluate("[...document.querySelectorAll('figure > svg')].map(s => s.getBoundingClientRect()).map(b => Math.min(b.width, b.height))")
+    assert len(boxes) > 10 and min(boxes) > 100
+    page.context.close()
