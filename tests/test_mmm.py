@@ -222,6 +222,15 @@ def test_both_label_sets_train_side_by_side(sysu_root, tmp_path):
     assert {"joint_visible", "matched_visible", "sca_inter"} <= loss_names(run)[-1]
 
 
+def test_the_pull_across_meets_both_sides_however_batches_are_drawn(sysu_root, tmp_path):
+    "Paired: it rides on the joint batches. Apart: each joint step has it too, from paired batches of its own."
+    taken, seen = [], lambda run, entry: taken.append(entry["loss"]) if entry["event"] == "step" else None
+    for draw in ("apart", "paired"):
+        train(small(sysu_root, tmp_path / draw, batch__joint=draw, intra_epochs=0, joint_epochs=1, sca__inter_from=1), callbacks=[seen])
+    across = [step for step in taken if "matched_visible" in step]
+    assert len(across) == len(taken) / 2 == 6 and all(step["sca_inter"] > 0 for step in across)
+
+
 @pytest.mark.parametrize("data", ["regdb", "llcm"])
 def test_other_layouts_train(tmp_path, data):
     root = write_dataset(tmp_path / "data", data, n_train_ids=4, n_test_ids=3, seed=0)

@@ -125,6 +125,18 @@ def test_resume_refuses_other_values(straight, sysu_root):
         train(small(sysu_root, run.path.parent, name="never"), resume=True)
 
 
+def test_a_run_from_before_batches_could_be_drawn_apart_goes_on_as_it_was(sysu_root, tmp_path):
+    config = small(sysu_root, tmp_path, intra_epochs=0, joint_epochs=1)
+    config = replace(config, batch=replace(config.batch, joint="paired"))
+    record = train(config).path / "config.json"
+    held = json.loads(record.read_text())
+    (held.get("config") or held)["batch"].pop("joint")
+    record.write_text(json.dumps(held))
+    with pytest.raises(VireidError, match="batch.joint paired -> apart"):
+        train(replace(config, batch=replace(config.batch, joint="apart")), resume=True)
+    assert train(config, resume=True).epochs == [0, 1]
+
+
 def test_a_finished_run_resumes_to_itself(straight, sysu_root):
     run = straight[0]
     before, record = weights(run), numbers(run)

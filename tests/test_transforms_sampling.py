@@ -280,18 +280,30 @@ def test_partners_come_from_other_cameras_and_repeat_only_in_need(labels, z, see
                 assert len(set(rest.tolist())) == z - 1
 
 
+@pytest.mark.parametrize("draw", ["apart", "paired"])
 @settings(max_examples=60, deadline=None)
 @given(labels=ragged, p=st.integers(1, 5), z=st.integers(1, 4), seed=st.integers(0, 99))
-def test_joint_batches_show_the_same_clusters_on_both_sides(labels, p, z, seed):
+def test_joint_batches_show_clusters_that_hold_both(draw, labels, p, z, seed):
     labels = np.array(labels)
     modality = seeded(seed, "modality").integers(0, 2, len(labels))
     both = set(labels[(modality == 0) & (labels >= 0)].tolist()) & set(labels[(modality == 1) & (labels >= 0)].tolist())
-    batches = list(joint_batches(labels, modality, None, n_ids=p, n_instances=z, n_batches=5, generator=seeded(seed)))
+    batches = list(joint_batches(labels, modality, None, n_ids=p, n_instances=z, n_batches=5, generator=seeded(seed), draw=draw))
     assert len(batches) == (5 if both else 0)
     for visible, infrared in batches:
         assert len(visible) == len(infrared) == min(p, len(both)) * z
         assert (modality[visible] == 0).all() and (modality[infrared] == 1).all()
-        assert (labels[visible] == labels[infrared]).all() and set(labels[visible].tolist()) <= both
+        assert set(labels[visible].tolist()) | set(labels[infrared].tolist()) <= both
+        assert draw == "apart" or (labels[visible] == labels[infrared]).all()
+
+
+def test_halves_drawn_apart_have_random_numbers_of_their_own():
+    "What one modality holds does not change what is drawn from the other, as long as the same clusters hold both."
+    labels, modality = np.repeat(np.arange(12), 10), np.tile([0] * 5 + [1] * 5, 12)
+    kind = dict(n_ids=4, n_instances=3, n_batches=20, generator=None)
+    draw = lambda y: list(joint_batches(y, modality, None, **kind | {"generator": seeded(0)}))
+    fewer = np.where((np.arange(120) % 10 == 9) & (labels < 5), -1, labels)  # an infrared picture less in some clusters
+    one, two = draw(labels), draw(fewer)
+    assert np.array_equal([v for v, _ in one], [v for v, _ in two]) and not np.array_equal([r for _, r in one], [r for _, r in two])
 
 
 def test_tensors_and_arrays_give_the_same_batches():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'MatchingConfig', 'ScaConfig', 'AlignConfig', 'MmmConfig', 'with_matching', 'sample_losses', 'intra_term',
-           'inter_term', 'shuffled_pairs', 'look_up', 'make_classifier', 'plain_steps', 'align_steps', 'FixedLabels',
-           'Mmm', 'mmm_preset']
+           'inter_term', 'inter_steps', 'shuffled_pairs', 'look_up', 'make_classifier', 'plain_steps', 'align_steps',
+           'FixedLabels', 'Mmm', 'mmm_preset']
 
 # %% ../nbs/67_mmm.ipynb #1433c5c9
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from .artifacts import Run
 from .backbone import build_backbone, seeded_init
-from .baseline import alternate, baseline_preset, intra_steps, joint_steps, synth_preset
+from .baseline import alternate, baseline_preset, intra_steps, joint_steps, synth_preset, together
 from .features import evaluating
 from .losses import batch_hard_triplet
 from .matching import match_labels
@@ -27,7 +27,7 @@ from .processes import everywhere
 from .records import FeatureBank, Modality, PseudoLabels, derive_seed, log, n_clusters, on_device, require
 from .sampling import joint_batches
 from .sca import confidences, inter_alignment, intra_alignment, weighted_centers
-from .training import Batch, BatchConfig, Embeddings, Learner, Method, OptimConfig, TrainConfig, phase_at
+from .training import Batch, BatchConfig, Embeddings, Learner, Method, OptimConfig, TrainConfig, joint_pairs, phase_at
 
 # %% ../nbs/67_mmm.ipynb #9bf42c28
 @dataclass
@@ -140,6 +140,13 @@ def inter_term(learner: Learner, shared: np.ndarray) -> Callable:  # shared: [N]
 
     return term
 
+
+def inter_steps(learner: Learner, bank: FeatureBank, shared: np.ndarray, epoch: int) -> Iterator[dict]:
+    "That pull on paired batches of its own, to be added to steps whose batches are drawn apart."
+    term = inter_term(learner, shared)
+    for batch in learner.batches(joint_pairs(learner, bank, shared, epoch, "sca", draw="paired"), epoch, "sca"):
+        yield term(batch, learner.embed(batch))
+
 # %% ../nbs/67_mmm.ipynb #ffc66a32
 def shuffled_pairs(
     labels: np.ndarray,  # [N], -1 = noise, left out
@@ -195,7 +202,7 @@ def align_steps(learner: Learner, bank: FeatureBank, labels: np.ndarray, epoch: 
     config, sca, device = learner.config.align, learner.config.sca, learner.engine.device
     n = max(((labels >= 0) & (bank.modality == m)).sum() for m in Modality) // (config.n_ids * config.n_instances) + 1
     draw = dict(n_ids=config.n_ids, n_instances=config.n_instances, n_batches=n, generator=learner.sampler("align", epoch))
-    pairs = list(joint_batches(labels, bank.modality, bank.camid, **draw))
+    pairs = list(joint_batches(labels, bank.modality, bank.camid, **draw, draw="paired"))
     if not pairs:
         log.warning("no cluster holds both modalities; this epoch trains the classifier alone")
         yield from plain_steps(learner, labels, bank.modality, epoch)
@@ -260,11 +267,14 @@ class Mmm(FixedLabels):
         streams = [intra_steps(learner, bank, labels, epoch, also=intra_term(learner, bank, labels, epoch) if pull else None)]
         if stage == "joint":
             pull = paper and config.sca.inter > 0 and epoch + 1 >= config.sca.inter_from
-            across = inter_term(learner, labels.shared) if pull else None
+            paired = config.batch.joint == "paired"
+            across = inter_term(learner, labels.shared) if pull and paired else None
             if labels.matched is None or config.joint_labels == "both":
                 streams.append(joint_steps(learner, bank, labels.joint, epoch, also=across if labels.matched is None else None))
             if labels.matched is not None:
                 streams.append(joint_steps(learner, bank, labels.matched, epoch, name="matched", also=across))
+            if pull and not paired:
+                streams[-1] = together(streams[-1], inter_steps(learner, bank, labels.shared, epoch))
         return alternate(*streams)
 
 # %% ../nbs/67_mmm.ipynb #321a993f

@@ -7,6 +7,8 @@ __all__ = ['intra_batches', 'joint_batches']
 
 # %% ../nbs/14_sampling.ipynb #23ca7a0b
 from collections.abc import Iterator
+from itertools import islice, tee
+from typing import Literal
 
 import numpy as np
 
@@ -75,6 +77,18 @@ def _fitting(n_clusters: int, n_ids: int, what: str) -> int:  # how many identit
     return min(n_clusters, n_ids)
 
 
+def _shown(
+    hands: Iterator[list],  # which clusters meet in each batch
+    clusters: list,  # of the positions of each
+    camids: np.ndarray,  # [N]
+    z: int,  # images of each cluster
+    generator: np.random.Generator,
+) -> Iterator[np.ndarray]:  # endless, [P*Z] positions
+    "A batch for every hand."
+    draw = lambda rows: _pick(rows, camids[rows], z, generator)
+    return (np.concatenate([draw(clusters[i]) for i in hand]) for hand in hands)
+
+
 def intra_batches(
     labels,  # [N] pseudo-labels of one modality, -1 = noise
     camids,  # [N] cameras, -1 where unknown; or None
@@ -88,9 +102,8 @@ def intra_batches(
     labels, camids = _columns(n_ids, n_instances, labels, camids)
     clusters = list(_clusters(labels, labels >= 0).values())
     p = _fitting(len(clusters), n_ids, "intra-modality sampling")
-    deals = _deals(len(clusters), p, generator)
-    draw = lambda i: _pick(clusters[i], camids[clusters[i]], n_instances, generator)
-    return (np.concatenate([draw(i) for i in next(deals)]) for _ in range(n_batches if p else 0))
+    batches = _shown(_deals(len(clusters), p, generator), clusters, camids, n_instances, generator)
+    return islice(batches, n_batches if p else 0)
 
 # %% ../nbs/14_sampling.ipynb #29a420d1
 def joint_batches(
@@ -98,17 +111,20 @@ def joint_batches(
     modality,  # [N] values of `Modality`
     camids,  # [N] cameras, -1 where unknown; or None
     *,
-    n_ids: int,  # P, clusters a batch
-    n_instances: int,  # Z, images each and modality
+    n_ids: int,  # P, clusters a batch and modality
+    n_instances: int,  # Z, images each
     n_batches: int,  # how many batches
     generator: np.random.Generator,
+    draw: Literal["apart", "paired"] = "apart",  # each modality's clusters by random numbers of its own, or the same clusters in the same order
 ) -> Iterator[tuple]:  # (visible, infrared): two int64 [P*Z] arrays of positions into `labels`
-    "Paired P×Z batches from the clusters that hold both modalities; an empty iterator where there are none."
+    "P×Z batches a modality from the clusters that hold both; an empty iterator where there are none. Raises `VireidError` on bad input."
+    require(draw in ("apart", "paired"), f"joint sampling: draw is {draw!r}; 'apart' or 'paired' is needed")
     labels, modality, camids = _columns(n_ids, n_instances, labels, modality, camids)
     sides = [_clusters(labels, modality == m) for m in Modality]
     both = sorted(sides[0].keys() & sides[1].keys())
+    sides = [[side[c] for c in both] for side in sides]
     p = _fitting(len(both), n_ids, "joint sampling") if both else 0
-    deals = _deals(len(both), p, generator)
-    draw = lambda rows: _pick(rows, camids[rows], n_instances, generator)
-    hands = ([both[i] for i in next(deals)] for _ in range(n_batches if p else 0))
-    return (tuple(np.concatenate([draw(side[c]) for c in hand]) for side in sides) for hand in hands)
+    own = [generator] * 2 if draw == "paired" else generator.spawn(2)
+    hands = tee(_deals(len(both), p, generator)) if draw == "paired" else [_deals(len(both), p, g) for g in own]
+    shown = [_shown(h, side, camids, n_instances, g) for h, side, g in zip(hands, sides, own)]
+    return islice(zip(*shown), n_batches if p else 0)
