@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'LAYOUTS', 'SYSU_CAMERAS', 'WORDS', 'PUBLISHED', 'FileTree', 'is_image', 'images', 'holds',
-           'read_image', 'Catalog', 'read_ids', 'inside', 'read_index', 'guess_layout', 'camera_in', 'load_catalog',
-           'Trial', 'draw_gallery', 'trials', 'census', 'CheckReport', 'check']
+           'read_image', 'Catalog', 'read_ids', 'inside', 'picture_at', 'read_index', 'guess_layout', 'camera_in',
+           'load_catalog', 'Trial', 'draw_gallery', 'trials', 'census', 'CheckReport', 'check']
 
 # %% ../nbs/10_catalog.ipynb #f26e679b
 import csv
@@ -172,12 +172,21 @@ def read_ids(tree: FileTree, path: str) -> list:  # identities, ascending
             ids.add(int(token))
     return sorted(ids)
 
-
+# %% ../nbs/10_catalog.ipynb #1111e7b4
 def inside(path: str, where: str) -> str:  # the path in posix form
     "`path` if it stays inside the dataset; raises `VireidError` for absolute paths and for `..`."
     p = PurePosixPath(path.replace("\\", "/"))
-    require(not p.is_absolute() and ".." not in p.parts and not re.match("[A-Za-z]:", path), f"{where}: {path!r} leads out of the dataset; paths are relative to its folder")
+    short = path if len(path) <= 80 else f"{path[:60]}… ({len(path)} characters)"
+    require(not p.is_absolute() and ".." not in p.parts and not re.match("[A-Za-z]:", path), f"{where}: {short!r} leads out of the dataset; paths are relative to its folder")
+    require("\0" not in path and len(path) <= 4000, f"{where}: {short!r} is no path that a file can have; mend the list")
     return str(p)
+
+
+def picture_at(root, path: str) -> Path:  # root: the data set's folder; path: relative to it
+    "Where a listed picture lies; raises `VireidError` when that is outside the root, links followed."
+    full, real = Path(root, inside(path, str(root))), os.path.realpath(root)
+    require(os.path.commonpath((real, os.path.realpath(full))) == real, f"{full} is a link that leads out of {root}; pictures outside the data set are not read")
+    return full
 
 
 def read_index(tree: FileTree, path: str) -> list:  # (image path, label) pairs, in the order of the lines

@@ -356,8 +356,11 @@ def make_optimizer(config: TrainConfig, model: torch.nn.Module, epoch: int = 0) 
 
 
 def run_path(config: TrainConfig) -> Path:
-    "Where the run of this configuration lives."
-    return Path(config.runs) / (config.name or f"{config.method}-{config.data.name}-seed{config.seed}")
+    "Where the run of this configuration lives; raises `VireidError` for a name that is no plain folder name."
+    name = config.name or f"{config.method}-{config.data.name}-seed{config.seed}"
+    plain = name.isprintable() and not name.startswith(".") and not {*name} & {*"/\\"} and len(name.encode(errors="replace")) <= 200
+    require(plain, f"--name is {name[:80]!r}; a plain folder name is needed (no slash, no leading dot, at most 200 bytes): where run folders go is said by --runs")
+    return Path(config.runs) / name
 
 
 def find_data(config: TrainConfig, resume: bool) -> Catalog:

@@ -26,7 +26,7 @@ import tyro
 from PIL import Image
 
 from .artifacts import Run, versions
-from .catalog import IMAGE_SUFFIXES, WORDS, FileTree, guess_layout, images, load_catalog, read_image
+from .catalog import IMAGE_SUFFIXES, WORDS, FileTree, guess_layout, images, load_catalog, picture_at, read_image
 from .engine import EngineConfig, resolve
 from .features import extract
 from .inspector import data_uri, jpeg
@@ -300,11 +300,11 @@ def sample_pictures(
     root="",  # where the data set lies now; empty: where it lay in training
     n: int = 4,  # of each modality
 ) -> tuple:  # (paths, modality of each [2n] int64)
-    "Training pictures of both modalities, evenly spread; raises `VireidError` when they are not there any more."
+    "Training pictures of both modalities, evenly spread; raises `VireidError` when they are not there any more, or lie outside the root."
     table, root = run.samples(), Path(root or run.config["data"]["root"]).expanduser()
     root = root.parent if root.is_file() else root  # a CSV data set may be given by its file
     rows = np.concatenate([r[np.linspace(0, len(r) - 1, n).astype(int)] for m in Modality if len(r := np.flatnonzero(table.modality == m))])
-    paths = [root / p for p in table.path.iloc[rows]]
+    paths = [picture_at(root, p) for p in table.path.iloc[rows]]
     gone = [p for p in paths if not p.is_file()]
     require(not gone, f"{gone[:1][0] if gone else ''} is not there, so the exported file cannot be checked; give --root, the folder where the data set lies now")
     return [str(p) for p in paths], table.modality.to_numpy(np.int64)[rows]
