@@ -138,11 +138,11 @@ class Catalog:
         require(not twice, f"{self.root}: {len(twice)} paths are listed more than once (first: {', '.join(twice[:1])}); list every image once")
 
     def counts(self) -> pd.DataFrame:  # indexed by split and modality
-        "Images, identities, and images by camera."
+        "Images, identities, and images by camera, cameras counted from 1."
         both = pd.concat({"train": self.train, "test": self.test}, names=["split"])
         both["modality"] = [Modality(m).title for m in both.modality]
         known = lambda pids: pids[pids >= 0].nunique()
-        cameras = lambda camids: ", ".join(f"{c}: {n}" for c, n in camids.value_counts().sort_index().items())
+        cameras = lambda camids: ", ".join(f"{c + 1}: {n}" for c, n in camids.value_counts().sort_index().items())
         return both.groupby(["split", "modality"], sort=False).agg(images=("path", "size"), identities=("pid", known), cameras=("camid", cameras))
 
     def __repr__(self) -> str:
