@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array
 
-from vireid_nb.association import center_cost, cluster_relations, count_pairs, fused_features, mean_of, neighbour_relation, progressive_pairs, transport_plan, transport_relations, vote_table
+from vireid_nb.association import (
+    center_cost,
+    cluster_relations,
+    count_pairs,
+    fused_features,
+    mean_of,
+    neighbour_relation,
+    progressive_pairs,
+    transport_plan,
+    transport_relations,
+    vote_table,
+)
 from vireid_nb.balanced import balanced_jaccard, balanced_knn, balanced_labels, cross_knn
 from vireid_nb.clustering import ClusterConfig, dbscan
 from vireid_nb.jaccard import to_dense
