@@ -22,7 +22,6 @@ from numba import njit
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from .palette import camera_name
 from .records import FeatureBank, Modality, atomic_path, derive_seed, require, seeded
 
 # %% ../nbs/05_synthetic.ipynb #1becd4ec
@@ -977,7 +976,7 @@ def contact_sheet(
     sheet.paste(Image.fromarray(grid).resize((grid.shape[1] * up, grid.shape[0] * up), Image.Resampling.BICUBIC), (0, 28))
     pen = ImageDraw.Draw(sheet)
     for i, cam in enumerate(cams):
-        pen.text((i * shots * width * up + 4, 1), f"{camera_name(cam)}\n{'visible' if cam in numbers[0] else 'infrared'}", fill="black", spacing=1)
+        pen.text((i * shots * width * up + 4, 1), f"camera {cam + 1}\n{'visible' if cam in numbers[0] else 'infrared'}", fill="black", spacing=1)
         pen.line([(i * shots * width * up, 0), (i * shots * width * up, sheet.height)], fill="white", width=2)
     return sheet
 
