@@ -45,6 +45,13 @@ def test_presets_follow_the_data_set():
     assert code == 2 and "no preset 'market'" in err and "Traceback" not in err
 
 
+def test_a_preset_of_one_method_does_not_trouble_the_others():
+    code, out, err = vireid("train", "mmm", "--preset", "sysu-released", "--help")
+    assert code == 0 and "(default: released)" in out and "regdb-released" in out, err
+    code, out, err = vireid("train", "dmic", "--preset", "sysu-released", "--help")
+    assert code == 2 and "no preset 'sysu-released'" in err and "Traceback" not in err
+
+
 def test_evaluate_repeats_the_training_scores(run):
     code, out, err = vireid("evaluate", run, "--engine.device", "cpu")
     assert code == 0, err

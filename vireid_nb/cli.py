@@ -112,10 +112,10 @@ def check_command(
     return 0 if report.ok else 2
 
 # %% ../nbs/80_cli.ipynb #77466024
-METHODS = {  # name -> configuration class, presets by data set, tables for `vireid ablate`
-    "baseline": (BaselineConfig, baseline_preset, baseline.ABLATIONS),
-    "mmm": (MmmConfig, mmm_preset, mmm.ABLATIONS),
-    "dmic": (DmicConfig, dmic_preset, dmic.ABLATIONS),
+METHODS = {  # name -> configuration class, presets, their names, tables for `vireid ablate`
+    "baseline": (BaselineConfig, baseline_preset, baseline.PRESETS, baseline.ABLATIONS),
+    "mmm": (MmmConfig, mmm_preset, mmm.PRESETS, mmm.ABLATIONS),
+    "dmic": (DmicConfig, dmic_preset, baseline.PRESETS, dmic.ABLATIONS),
 }
 
 
@@ -126,11 +126,12 @@ def wanted_preset(argv: list) -> str:
 
 
 def train_commands(argv: list) -> dict:  # {method: function for the command line}
-    "A training command for every method, its defaults taken from the preset that `argv` asks for."
+    "A training command for every method; the one that `argv` names has its defaults from the preset that `argv` asks for."
     out = {}
-    for name, (cls, preset, _) in METHODS.items():
+    for name, (cls, preset, known, _) in METHODS.items():
+        default = preset(wanted_preset(argv)) if name in argv[1:2] else cls()  # others may not have that preset
 
-        def command(config: Annotated[cls, tyro.conf.arg(name="")] = preset(wanted_preset(argv)), preset: str = wanted_preset(argv), resume: bool = False) -> int:
+        def command(config: Annotated[cls, tyro.conf.arg(name="")] = default, preset: str = wanted_preset(argv), resume: bool = False) -> int:
             run = train(config, resume=resume)
             if rank():
                 return 0
@@ -142,7 +143,7 @@ def train_commands(argv: list) -> dict:  # {method: function for the command lin
         command.__doc__ = f"""Train {name}; every value is a flag. On N GPUs: torchrun --nproc-per-node N --no-python vireid train {name} ...
 
         Args:
-            preset: Whose defaults: sysu, regdb, llcm, folder, csv, or synth (VI-Synth at demo size). Follows --data.name when not given.
+            preset: Whose defaults: {", ".join(known)} (synth: VI-Synth at demo size). Follows --data.name when not given.
             resume: Go on from the last checkpoint of this run, to the same numbers.
         """
         out[name] = command
@@ -353,7 +354,7 @@ COMMANDS: dict[str, Callable] = {
     "extract": extract_command,
     "cluster": cluster_command,
     "bench": bench_command,
-    "ablate": ablate_command({name: (preset, tables) for name, (_, preset, tables) in METHODS.items()}, {**DEMO_DATA, **DEMO_WORLD}),
+    "ablate": ablate_command({name: (preset, tables) for name, (_, preset, _, tables) in METHODS.items()}, {**DEMO_DATA, **DEMO_WORLD}),
     "report": report_command,
     "query": query,
     "export": export,

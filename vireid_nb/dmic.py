@@ -168,6 +168,6 @@ def dmic_preset(data: str) -> DmicConfig:  # sysu, regdb, llcm, folder, csv, or 
     if data == "regdb":
         config = replace(config, cluster=CLUSTER_PRESETS["dmic-regdb"], dnc=DNC_PRESETS["regdb"])
     elif data == "synth":
-        config, dnc = replace(synth_preset(config), data=base.data, momentum=config.momentum), DNC_PRESETS["synth"]
+        config, dnc = replace(synth_preset(config), data=base.data), DNC_PRESETS["synth"]
         config = replace(config, dnc=dnc, cluster=replace(config.cluster, joint_k2=dnc.k2_joint))  # without DNC the same joint neighbourhood
     return config
