@@ -1,4 +1,5 @@
 "Training as its users meet it: real picture files, real processes, real kills."
+import copy
 import json
 import os
 import signal
@@ -10,15 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from same_run import numbers, same, weights
 
 from vireid_nb.artifacts import Run
 from vireid_nb.backbone import BackboneConfig, build_backbone
 from vireid_nb.baseline import baseline_preset
 from vireid_nb.catalog import load_catalog
-from vireid_nb.records import VireidError
+from vireid_nb.records import VireidError, seeded_torch
 from vireid_nb.synthetic import write_dataset
-from vireid_nb.training import BatchConfig, DataConfig, EngineConfig, load_model, train
+from vireid_nb.training import BatchConfig, DataConfig, EngineConfig, load_model, open_session, train
 
 
 def small(root, runs, name="run", data="sysu", **more):
@@ -114,6 +116,49 @@ def test_true_ids_cannot_leak(sysu_root, tmp_path):
     assert ari[0] != ari[1], "the scores must see the ids, or this test compares nothing"
 
 
+def test_views_cut_in_two_is_what_two_replicas_compute(sysu_root, tmp_path):
+    "Plain views and half of infrared through one copy, channel-augmented views and the other half through another; the first one's running statistics stay, gradients add up."
+    config = small(sysu_root, tmp_path)
+    config = replace(config, batch=BatchConfig(n_ids=4, n_instances=3, iterations=1, groups=2, cut="views"))
+    session = open_session(config, config.make_method(), (), resume=False)
+    learner, model = session.learner, session.learner.model.train()
+    table = session.catalog.train
+    rows = [np.flatnonzero(table.modality == m)[:12] for m in (0, 1)]
+    batch = next(learner.batches([tuple(rows)], 0, "test"))
+    replicas = [copy.deepcopy(model) for _ in range(2)]
+    emb = learner.embed(batch)
+    halves = [(batch.plain, batch.ir[:6]), (batch.ca, batch.ir[6:])]
+    there = [net(torch.cat(views), torch.tensor([0] * 12 + [1] * 6)) for net, views in zip(replicas, halves)]
+    torch.testing.assert_close(emb.visible, torch.cat([t[:12] for t in there]))
+    torch.testing.assert_close(emb.infrared, torch.cat([t[12:] for t in there]))
+    weight = torch.randn(36, emb.visible.shape[1], generator=seeded_torch(0, "weight"))
+    (torch.cat(emb) * weight).sum().backward()
+    (torch.cat([*(t[:12] for t in there), *(t[12:] for t in there)]) * weight).sum().backward()
+    for (name, p), a, b in zip(model.named_parameters(), *(net.parameters() for net in replicas)):
+        if p.grad is not None:
+            assert (p.grad - a.grad - b.grad).abs().max() <= 1e-4 * p.grad.abs().max().clamp(min=1), name
+    first, second = (dict(net.named_buffers()) for net in replicas)
+    for name, b in model.named_buffers():
+        torch.testing.assert_close(b, first[name])
+    assert not torch.allclose(first["neck.running_mean"], second["neck.running_mean"])
+    alone = open_session(replace(config, name="alone", batch=replace(config.batch, groups=1)), config.make_method(), (), resume=False)
+    same_views = next(alone.learner.batches([tuple(rows)], 0, "test"))
+    assert all(torch.equal(a, b) for a, b in zip(batch[2:], same_views[2:])), "the cut must not change the pictures"
+
+
+def test_a_run_with_cut_views_resumes_to_the_same_bits(sysu_root, tmp_path):
+    def cut(_, entry):
+        if (entry["event"], entry["epoch"]) == ("labels", 1):
+            raise KeyboardInterrupt
+
+    config = replace(small(sysu_root, tmp_path / "whole"), batch=BatchConfig(n_ids=3, n_instances=2, iterations=3, groups=2, cut="views"))
+    whole, again = train(config), replace(config, runs=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        train(again, callbacks=[cut])
+    resumed = train(again, resume=True)
+    assert same(weights(whole), weights(resumed)) and numbers(whole) == numbers(resumed)
+
+
 def test_resume_refuses_other_values(straight, sysu_root):
     run = straight[0]
     config = small(sysu_root, run.path.parent, keep_features=True, seed=2)
@@ -155,7 +200,7 @@ import torch
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 from vireid_nb.training import load_model
-from vireid_nb.records import VireidError
+from vireid_nb.records import VireidError, seeded_torch
 run = artifacts.Run({str(run.path)!r})
 model, _ = load_model(run)
 try:

@@ -25,7 +25,7 @@ from vireid_nb.records import VireidError
 from vireid_nb.training import BatchConfig, open_session, train
 from vireid_nb.transforms import ImageStore
 
-METHODS = {"baseline": baseline_preset("synth"), "mmm": mmm_preset("synth"), "released": mmm_preset("synth-released"), "dmic": dmic_preset("synth")}
+METHODS = {"baseline": baseline_preset("synth"), "mmm": mmm_preset("synth"), "released": mmm_preset("synth-released"), "dmic": dmic_preset("synth"), "views": baseline_preset("synth")}
 
 
 def small(method, root, runs, groups=2, **more):
@@ -38,7 +38,7 @@ def small(method, root, runs, groups=2, **more):
         data=replace(base.data, root=str(root)),
         model=BackboneConfig(name="tiny", weights="none"),
         cluster=replace(base.cluster, k1=8, k2=2, eps=0.6, joint_k1=12, joint_k2=4, joint_eps=0.7, min_samples=2),
-        batch=BatchConfig(n_ids=3, n_instances=4, iterations=3, groups=groups),
+        batch=BatchConfig(n_ids=3, n_instances=4, iterations=3, groups=groups, cut="views" if method == "views" else "identities"),
         engine=EngineConfig(device="cpu", progress=False),
         runs=str(runs),
         **{"name": method, "intra_epochs": 1, "joint_epochs": 1, **more},

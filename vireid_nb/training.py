@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMER', 'DataConfig', 'BatchConfig', 'OptimConfig', 'TrainConfig', 'phase_at', 'learning_rate', 'Batch',
-           'Embeddings', 'piece', 'Parts', 'pass_by_groups', 'Learner', 'augmented', 'forward', 'intra_pairs',
-           'joint_pairs', 'Method', 'judge_features', 'Session', 'check_same', 'make_optimizer', 'run_path',
-           'find_data', 'find_run', 'open_session', 'label_samples', 'keep_labels', 'learn', 'restore', 'load_model',
-           'judge', 'run_epoch', 'train']
+           'Embeddings', 'piece', 'Parts', 'pass_by_groups', 'Learner', 'augmented', 'group_inputs', 'forward',
+           'intra_pairs', 'joint_pairs', 'Method', 'judge_features', 'Session', 'check_same', 'make_optimizer',
+           'run_path', 'find_data', 'find_run', 'open_session', 'label_samples', 'keep_labels', 'learn', 'restore',
+           'load_model', 'judge', 'run_epoch', 'train']
 
 # %% ../nbs/64_training.ipynb #169df945
 from collections.abc import Iterator
@@ -50,7 +50,8 @@ class BatchConfig:
     n_instances: int = 16  # pictures of each, from each modality
     iterations: int = 200  # batches an epoch
     joint: Literal["apart", "paired"] = "apart"  # batches across modalities: each modality's clusters drawn apart (published), or the same clusters on both sides
-    groups: int = 1  # parts of a batch that are normalised (batch norm) and augmented apart; 1, or a multiple of the number of processes
+    groups: int = 1  # parts of a batch that are normalised apart (batch norm); 1, or a multiple of the number of processes
+    cut: Literal["identities", "views"] = "identities"  # a part holds a share of the identities; or, as published, a share of the views (of 2: plain + half of infrared, and the rest); then the first moves the running statistics
 
 
 @dataclass
@@ -144,48 +145,61 @@ def piece(n: int, parts: int, i: int) -> slice:
 
 
 class Parts:
-    "How batches are cut; raises `VireidError` where the groups do not divide among the processes."
+    "How batches are cut among groups and processes. Rows of a batch: plain views, channel-augmented views, infrared. Raises `VireidError` where the groups do not divide among the processes."
 
-    def __init__(self, groups: int):
+    def __init__(self, groups: int, cut: str = "identities"):
         require(groups >= 1, f"batch.groups is {groups}; at least 1 is needed")
         fits = groups == 1 or groups % world() == 0
         require(fits, f"{world()} processes cannot share batch.groups {groups}; set --batch.groups to 1 (batch norm over the whole batch) or to a multiple of {world()}")
-        self.groups, self.n = groups, max(groups, world())
+        self.groups, self.n, self.views = groups, max(groups, world()), groups > 1 and cut == "views"
         self.own = range(self.n)[share(self.n)]  # of this process
 
-    def pieces(self, n: int) -> list:
-        "Which of n rows belong to each own part."
-        return [piece(n, self.n, i) for i in self.own]
+    def pictures(self, visible: int, infrared: int) -> list:
+        "[(slice of the visible pictures, of the infrared ones)] that this process decodes and augments: one for each own part, or the whole batch where views are cut."
+        whole = (1, [0]) if self.views else (self.n, self.own)
+        return [(piece(visible, whole[0], i), piece(infrared, whole[0], i)) for i in whole[1]]
 
-    def split(self, x: torch.Tensor, n: int) -> tuple:  # x: what belongs to the own parts of n rows
-        "`x` apart again, by part."
-        return x.split([s.stop - s.start for s in self.pieces(n)])
+    def rows(self, i: int, visible: int, infrared: int) -> np.ndarray:
+        "Rows of the whole batch that pass the network as part `i`."
+        if self.views:
+            return np.r_[piece(2 * visible, self.n, i), 2 * visible + np.arange(infrared)[piece(infrared, self.n, i)]]
+        return _all_views([(piece(visible, self.n, i), piece(infrared, self.n, i))], visible)
 
-    def order(self, visible: int, infrared: int) -> np.ndarray:  # how many there are in the whole batch
-        "[2 * visible + infrared] where each row of the whole batch (plain, channel-augmented, infrared) stands when the parts' rows follow each other."
-        v, r, parts = np.arange(visible), 2 * visible + np.arange(infrared), range(self.n)
-        cut = [(v[piece(visible, self.n, i)], r[piece(infrared, self.n, i)]) for i in parts]
-        return np.argsort(np.concatenate([x for a, b in cut for x in (a, visible + a, b)]))
+    def held(self, visible: int, infrared: int) -> np.ndarray:
+        "[...] ascending rows of the whole batch that this process has."
+        return _all_views(self.pictures(visible, infrared), visible)
+
+    def order(self, visible: int, infrared: int) -> np.ndarray:
+        "[2 * visible + infrared] where each row of the whole batch stands when the parts' rows follow each other."
+        return np.argsort(np.concatenate([self.rows(i, visible, infrared) for i in range(self.n)]))
 
     def check(self, visible: int, infrared: int) -> None:
         "Refuse a batch that is too small to be cut for training."
-        fits = all(n == 0 or n >= self.n for n in (visible, infrared)) and 2 * visible + infrared >= 2 * self.n
+        fits = all(n == 0 or n >= self.n for n in (visible * (1 + self.views), infrared)) and 2 * visible + infrared >= 2 * self.n
         require(self.n == 1 or fits, f"a batch of {visible} visible and {infrared} infrared pictures is too small for {self.n} parts; raise --batch.n-instances, or use fewer groups or processes")
+
+
+def _all_views(pictures: list, visible: int) -> np.ndarray:  # [(slice of visible, slice of infrared)]
+    "Rows of the plain views of these pictures, of their channel-augmented views, and of the infrared ones."
+    v, r = (np.concatenate([np.arange(s.start, s.stop) for s in side]) for side in zip(*pictures))
+    return np.concatenate([v, visible + v, 2 * visible + r])
 
 # %% ../nbs/64_training.ipynb #426093a5
 def pass_by_groups(
     model: torch.nn.Module,
     inputs: list,  # [(images, modality)] of this process's groups
+    first: bool = False,  # keep what the first group of all makes of the running statistics, not the mean over groups
 ) -> list:  # of what the model returns for each
-    "A forward pass for each group; batch norm's running statistics move once, to the mean over the groups of all processes."
+    "A forward pass for each group; batch norm's running statistics move once, by the groups of all processes."
     out, moved, buffers = [], [], dict(model.named_buffers())
     for images, modality in inputs:
         fresh = {k: b.clone() for k, b in buffers.items()}
         out.append(functional_call(model, fresh, (images, modality), {"return_pooled": True}))
         moved.append(torch.cat([b.double().flatten() for b in fresh.values()]))
-    mean = gather_rows(torch.stack(moved)).mean(0)
+    moved = gather_rows(torch.stack(moved))
+    kept = moved[0] if first else moved.mean(0)
     with torch.no_grad():
-        for b, m in zip(buffers.values(), mean.split([b.numel() for b in buffers.values()])):
+        for b, m in zip(buffers.values(), kept.split([b.numel() for b in buffers.values()])):
             b.copy_(m.view_as(b))
     return out
 
@@ -194,14 +208,14 @@ class Learner:
     "The network in training and the pictures it learns from."
 
     def __init__(self, config: TrainConfig, engine: Engine, model: torch.nn.Module, store: ImageStore):
-        self.config, self.engine, self.model, self.store, self.parts = config, engine, model, store, Parts(config.batch.groups)
+        self.config, self.engine, self.model, self.store, self.parts = config, engine, model, store, Parts(config.batch.groups, config.batch.cut)
 
     def batches(self, pairs: Iterator, epoch: int, stream: str) -> Iterator[Batch]:  # pairs of (visible, infrared) positions
         "Decode, move and augment; the next batch is decoded while this one trains. `stream` names the random numbers."
         pairs, parts = list(pairs), self.parts
-        names = [[f"group {i}"] if parts.groups > 1 else [] for i in parts.own]
+        names = [[f"group {i}"] for i in parts.own] if parts.groups > 1 and not parts.views else [[]]
         generators = [seeded_torch(self.config.seed, "augment", stream, epoch, *name) for name in names]
-        mine = [np.concatenate([side[s] for side in pair for s in parts.pieces(len(side))]) for pair in pairs]
+        mine = [np.concatenate([side[s] for side, at in zip(pair, zip(*parts.pictures(*map(len, pair)))) for s in at]) for pair in pairs]
         for (v, r), (_, images) in zip(pairs, batches_ahead(self.store, mine, pin=self.engine.device.type == "cuda")):
             yield Batch(v, r, *augmented(self, on_device(images, self.engine.device), len(v), len(r), generators))
 
@@ -219,26 +233,36 @@ class Learner:
 def augmented(learner: Learner, images: torch.Tensor, visible: int, infrared: int, generators: list) -> tuple:  # (plain, channel-augmented, infrared)
     "Views of this process's pictures of a batch with so many of either modality."
     parts, augment, out = learner.parts, learner.config.augment, []
-    own = parts.pieces(visible), parts.pieces(infrared)
-    n = sum(s.stop - s.start for s in own[0])
-    for v, r, at_v, at_r, generator in zip(parts.split(images[:n], visible), parts.split(images[n:], infrared), *own, generators):
-        alone = parts.groups > 1  # otherwise chance is drawn for the whole batch
+    at = parts.pictures(visible, infrared)
+    sizes = [s.stop - s.start for side in zip(*at) for s in side]
+    split = images.split(sizes)
+    for (at_v, at_r), v, r, generator in zip(at, split, split[len(at) :], generators):
+        alone = parts.groups > 1 and not parts.views  # otherwise chance is drawn for the whole batch
         plain, ca = visible_views(v, generator, augment, of=None if alone else (visible, at_v))
         out.append((plain, ca, infrared_view(r, generator, augment, of=None if alone else (infrared, at_r))))
     return out[0] if len(out) == 1 else tuple(map(torch.cat, zip(*out)))
 
 
+def group_inputs(learner: Learner, batch: Batch) -> list:  # [(images, modality)]
+    "What this process's parts of a batch send through the network."
+    parts, n = learner.parts, (len(batch.visible), len(batch.infrared))
+    images, held = torch.cat([batch.plain, batch.ca, batch.ir]), parts.held(*n)
+    out = []
+    for i in parts.own:
+        rows = parts.rows(i, *n)
+        modality = np.where(rows < 2 * n[0], Modality.VISIBLE, Modality.INFRARED)
+        here = images if parts.n == 1 else images[on_device(np.searchsorted(held, rows), images.device)]
+        out.append((here, torch.from_numpy(modality)))
+    return out
+
+
 def forward(learner: Learner, batch: Batch, pooled: bool) -> list:  # of [2 * B_v + B_r, D]: embeddings; with `pooled` also the same before the neck
     "One forward pass over plain, channel-augmented and infrared pictures together, one for each group; then the rows of all."
-    parts, model, n = learner.parts, learner.model, (len(batch.visible), len(batch.infrared))
-    inputs = []
-    for views in zip(parts.split(batch.plain, n[0]), parts.split(batch.ca, n[0]), parts.split(batch.ir, n[1])):
-        modality = [Modality.VISIBLE] * 2 * len(views[0]) + [Modality.INFRARED] * len(views[2])
-        inputs.append((torch.cat(views), torch.tensor(modality)))
+    parts, model, n, inputs = learner.parts, learner.model, (len(batch.visible), len(batch.infrared)), group_inputs(learner, batch)
     with learner.engine.autocast():
         if model.training:
             parts.check(*n)
-            both = pass_by_groups(model, inputs) if parts.groups > 1 else [model(*x, return_pooled=True) for x in inputs]
+            both = pass_by_groups(model, inputs, parts.views) if parts.groups > 1 else [model(*x, return_pooled=True) for x in inputs]
         else:  # a small last batch may leave a part empty
             both = [model(*x, return_pooled=True) if len(x[0]) else [x[0].new_zeros(0, model.feat_dim)] * 2 for x in inputs]
     wanted = list(zip(*both))[: 1 + pooled]
