@@ -21,21 +21,31 @@ def group_nce(
     entries: torch.Tensor,  # [M, D] memory entries
     entry_labels: torch.Tensor,  # [M] cluster of each entry; -1 is nobody's positive
     temperature: float = 0.05,
-) -> torch.Tensor:  # scalar: mean over the labelled embeddings, 0 without any
+    nearest: int = 0,  # entries in the softmax: those of the own cluster and the nearest others; 0 = all (BMIL: 50)
+    reduction: str = "mean",  # "mean" over the labelled embeddings -> scalar, 0 without any | "none" -> [B], 0 where there is no label
+) -> torch.Tensor:
     "Mean log-probability of all entries of the own cluster, negated (DMIC, HMCL), NaN where a label has no entry; on a CPU that and NaN embeddings raise `VireidError`."
     emb, labels = torch.as_tensor(emb), as_numpy(labels, np.int64)
     kept = np.flatnonzero(labels >= 0)
     emb, y = emb[on_device(kept, emb.device)].float(), on_device(labels[kept], emb.device)
     if not len(kept):
-        return emb.sum() * 0
+        return emb.sum() * 0 if reduction == "mean" else emb.new_zeros(len(labels))
     with torch.autocast(emb.device.type, enabled=False):
         similarity = F.normalize(emb, dim=1) @ entries.T / temperature
-    own, total = entry_labels == y[:, None], similarity.logsumexp(1)
+    own = entry_labels == y[:, None]
     count = own.sum(1)
+    total = (_nearest_others(similarity, own, nearest - count) if 0 < nearest < len(entries) else similarity).logsumexp(1)
     if at_hand(emb):
         require(total.isfinite().all(), "memory: an embedding or an entry holds NaN or infinity; lower the learning rate, or look at the images of this batch")
         require(count.all(), "memory: a label has no entry; build the memory from the same labels as the batches")
-    return (total - torch.where(own, similarity, 0.0).sum(1) / count).mean()
+    losses = total - torch.where(own, similarity, 0.0).sum(1) / count
+    return losses.mean() if reduction == "mean" else losses.new_zeros(len(labels)).index_put((on_device(kept, losses.device),), losses)
+
+
+def _nearest_others(similarity, own, wanted):  # [B, M], [B, M] bool, [B] how many
+    "Similarities of the own entries and of the nearest others; -inf for the rest."
+    rank = similarity.detach().masked_fill(own, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return similarity.masked_fill(~own & (rank >= wanted[:, None]), -torch.inf)
 
 # %% ../nbs/46_hmcl.ipynb #56dda8c5
 def winners(

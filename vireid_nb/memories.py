@@ -95,7 +95,7 @@ def _rounds(
     return [np.flatnonzero(rank == r) for r in range(rank.max(initial=-1) + 1)]
 
 # %% ../nbs/40_memories.ipynb #54b03b09
-RULES = ("sequential", "hard", "random", "mean")
+RULES = ("sequential", "hard", "random", "mean", "shuffled")
 
 
 @torch.no_grad()
@@ -106,7 +106,8 @@ def updated_memory(
     *,
     momentum: float = 0.1,  # share of the old value, 0 to 1; "random" always uses 0
     rule: str = "sequential",  # one of `RULES`
-    generator: torch.Generator | None = None,  # needed by "random"
+    generator: torch.Generator | None = None,  # needed by "random" and "shuffled"
+    by: torch.Tensor | None = None,  # [K, D] unit entries by which "hard" chooses; None: the memory's own
 ) -> torch.Tensor:  # [K, D]
     "The memory after one batch; equal to updating sample by sample in batch order. Raises `VireidError` on bad input and leaves `centers` alone."
     emb, labels = _checked(emb, labels, len(centers))
@@ -115,17 +116,18 @@ def updated_memory(
     emb, labels = F.normalize(emb[put(kept)], dim=1), labels[kept]
     out, own, order = centers.clone(), put(labels), np.arange(len(labels))
     if rule == "hard":
-        order = (emb * centers[own]).sum(1).argsort(stable=True)
-    elif rule == "random":
-        require(generator is not None, "memory: the random rule draws samples; pass generator=seeded_torch(seed, ...)")
-        order, momentum = torch.randperm(len(labels), generator=generator, device=generator.device), 0.0
+        order = (emb * (centers if by is None else by)[own]).sum(1).argsort(stable=True)
+    elif rule in ("random", "shuffled"):
+        require(generator is not None, f"memory: the {rule} rule draws samples; pass generator=seeded_torch(seed, ...)")
+        order = torch.randperm(len(labels), generator=generator, device=generator.device)
+        momentum = 0.0 if rule == "random" else momentum
     elif rule == "mean":
         means, counts = _means(emb, labels, len(centers))
         labels = np.flatnonzero(counts)
         emb, own, order = means[put(labels)], put(labels), np.arange(len(labels))
     order = put(order)
     order = order[own[order].argsort(stable=True)]  # sorted by cluster
-    rounds = _rounds(labels)[: None if rule == "sequential" else 1]
+    rounds = _rounds(labels)[: None if rule in ("sequential", "shuffled") else 1]
     for rows in order[put(np.concatenate([*rounds, labels[:0]]))].split([len(r) for r in rounds]):
         y = own[rows]
         out[y] = F.normalize(momentum * out[y] + (1 - momentum) * emb[rows], dim=1)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'TRIES', 'LUMINANCE', 'RED', 'GREEN', 'BLUE', 'GRAY', 'UNCHANGED', 'SOURCES',
            'cache_bytes', 'at_size', 'decode', 'fingerprint', 'alone', 'write_pictures', 'map_pictures', 'PictureFiles',
-           'ImageStore', 'batches_ahead', 'AugmentConfig', 'normalize', 'Draws', 'draw', 'crop', 'erase', 'jitter',
-           'exchange', 'visible_views', 'infrared_view']
+           'ImageStore', 'batches_ahead', 'AugmentConfig', 'normalize', 'Draws', 'draw', 'recolor', 'color_draws',
+           'crop', 'erase', 'jitter', 'exchange', 'visible_views', 'infrared_view']
 
 # %% ../nbs/12_transforms.ipynb #7ef4b57b
 import hashlib
@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +212,8 @@ class AugmentConfig:
     erase_aspect: tuple[float, float] = (0.3, 3.33)  # its height : width
     erase_fill: tuple[float, float, float] = (0.4914, 0.4822, 0.4465)  # its value, after normalisation
     visible_gray: bool = False  # gray as a fourth choice of the channel exchange for visible pictures
+    color: float = 0.0  # strength of the colour jitter of channel-augmented pictures; 0 = none (PGM, SALCR, BMIL: 0.5)
+    color_infrared: float = 0.0  # the same for infrared pictures
 
 
 def _column(values, images: torch.Tensor) -> torch.Tensor:  # [3, 1, 1] on the device of images
@@ -235,6 +237,7 @@ class Draws:
     left: torch.Tensor  # [B] int64
     flip: torch.Tensor  # [B] bool
     box: torch.Tensor  # [4, B] int64: top, bottom, left, right of the erased rectangle; empty where nothing is erased
+    color: torch.Tensor | None = None  # [4, B]: see `recolor`; None = as they are
 
 
 def _boxes(u: torch.Tensor, size: tuple, config: AugmentConfig) -> torch.Tensor:  # u: [3 + 2*TRIES, B] in [0, 1)
@@ -261,6 +264,37 @@ def draw(
     u = torch.rand(6 + 2 * TRIES, n, generator=generator, dtype=torch.float64)[:, rows]
     top, left = (u[:2] * (2 * config.pad + 1)).long()
     return Draws(top, left, u[2] < config.flip, _boxes(u[3:], size, config))
+
+# %% ../nbs/12_transforms.ipynb #b2a80d5c
+LUMINANCE = (0.2989, 0.5870, 0.1140)
+
+
+def recolor(
+    images: torch.Tensor,  # [B, 3, H, W] uint8
+    factors: torch.Tensor,  # [4, B]: brightness, contrast, saturation (1 = as it is), hue (share of the circle, 0 = as it is)
+) -> torch.Tensor:  # [B, 3, H, W] uint8
+    "Brightness, contrast, saturation and hue of each picture, in this order (colour jitter of PGM, SALCR and BMIL)."
+    brightness, contrast, saturation, hue = on_device(factors.float(), images.device)[:, :, None, None, None]
+    gray = lambda x: (x * _column(LUMINANCE, x)).sum(1, keepdim=True)
+    blend = lambda x, other, f: (f * x + (1 - f) * other).clamp(0, 1)
+    x = (images.float() / 255 * brightness).clamp(0, 1)
+    x = blend(x, gray(x).mean((2, 3), keepdim=True), contrast)
+    x = blend(x, gray(x), saturation)
+    top, at = x.max(1, keepdim=True)
+    spread = top - x.min(1, keepdim=True).values
+    r, g, b = x.split(1, 1)
+    turn = torch.cat([g - b, b - r, r - g], 1).gather(1, at) / spread.clamp(min=1e-8) + 2 * at  # sixths of the circle
+    k = (_column((5.0, 3.0, 1.0), x) + turn + 6 * hue) % 6
+    x = top - spread * torch.minimum(k, 4 - k).clamp(0, 1)
+    return (x * 255).round().to(torch.uint8)
+
+
+def color_draws(n: int, strength: float, generator: torch.Generator, rows: slice = slice(None)) -> torch.Tensor | None:  # [4, B], or None for strength 0
+    "Factors for n pictures: 1 ± strength, hue ± strength of the circle."
+    if not strength:
+        return None
+    u = 2 * torch.rand(4, n, generator=generator, dtype=torch.float64)[:, rows] - 1
+    return strength * u + torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None]
 
 # %% ../nbs/12_transforms.ipynb #60340adf
 def crop(
@@ -294,11 +328,12 @@ def erase(
 
 
 def jitter(images: torch.Tensor, draws: Draws, config: AugmentConfig) -> torch.Tensor:  # [B, 3, H, W] uint8 -> float32
-    "Crop, mirror, normalise, erase."
-    return erase(normalize(crop(images, draws, config.pad)), draws, config.erase_fill)
+    "Crop, mirror, recolour where the draws say so, normalise, erase."
+    pictures = crop(images, draws, config.pad)
+    pictures = pictures if draws.color is None else recolor(pictures, draws.color)
+    return erase(normalize(pictures), draws, config.erase_fill)
 
 # %% ../nbs/12_transforms.ipynb #07147d9a
-LUMINANCE = (0.2989, 0.5870, 0.1140)
 RED, GREEN, BLUE, GRAY, UNCHANGED = range(5)
 SOURCES = ((RED,) * 3, (GREEN,) * 3, (BLUE,) * 3, (RED, GREEN, BLUE), (RED, GREEN, BLUE))  # which channels each choice takes
 
@@ -323,9 +358,10 @@ def visible_views(
 ) -> tuple:  # (plain, channel-augmented), each [B, 3, H, W] float32 on the images' device
     "The two training views of visible pictures, drawn independently."
     (n, rows), size = of or (len(images), slice(None)), images.shape[2:]
-    plain, augmented = (jitter(images, draw(n, size, generator, config, rows), config) for _ in range(2))
+    plain, augmented = (draw(n, size, generator, config, rows) for _ in range(2))
     u = torch.rand(n, generator=generator, dtype=torch.float64)[rows]
-    return plain, exchange(augmented, (u * (4 if config.visible_gray else 3)).long())
+    augmented = replace(augmented, color=color_draws(n, config.color, generator, rows))
+    return jitter(images, plain, config), exchange(jitter(images, augmented, config), (u * (4 if config.visible_gray else 3)).long())
 
 
 def infrared_view(
@@ -336,6 +372,7 @@ def infrared_view(
 ) -> torch.Tensor:  # [B, 3, H, W] float32 on the images' device
     "The training view of infrared pictures: R, G, B, or (a quarter) gray or unchanged with equal chance."
     (n, rows), size = of or (len(images), slice(None)), images.shape[2:]
-    view = jitter(images, draw(n, size, generator, config, rows), config)
+    draws = draw(n, size, generator, config, rows)
     u = torch.rand(n, generator=generator, dtype=torch.float64)[rows]
+    view = jitter(images, replace(draws, color=color_draws(n, config.color_infrared, generator, rows)), config)
     return exchange(view, torch.bucketize(u, torch.tensor([0.25, 0.5, 0.75, 0.875], dtype=torch.float64), right=True))
