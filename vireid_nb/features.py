@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,7 @@ def _open_bank(path) -> tuple:  # (columns, extra)
     path = Path(path)
     require(path.is_file(), f"there is no feature file {path}; make it with vireid extract")
     try:
-        with safe_open(path, "np") as f:
+        with safe_open(path, "pt") as f:  # torch reads every number format, numpy no bfloat16
             columns = {k: f.get_tensor(k) for k in f.keys()}
             extra = json.loads((f.metadata() or {}).get("extra", "{}"))
     except Exception as e:  # damaged bytes fail in as many ways as there are bytes
@@ -157,13 +158,15 @@ def _open_bank(path) -> tuple:  # (columns, extra)
 
 
 def load_bank(path) -> FeatureBank:
-    "The bank in a file; features stored as float16 are renormalised. Raises `VireidError` when it cannot be read."
+    "The bank in a file; features stored in half precision are renormalised. Raises `VireidError` when it cannot be read or holds what a bank refuses."
     columns, _ = _open_bank(path)
-    features = columns["features"]
-    if features.dtype == np.float16:
-        features = features.astype(np.float32)
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
-    return FeatureBank(features, *(columns[k] for k in _COLUMNS[1:]))
+    features, *others = (columns[k] for k in _COLUMNS)
+    coarse = features.dtype in (torch.float16, torch.bfloat16)
+    try:
+        bank = FeatureBank(features, *others)
+    except VireidError as e:
+        raise VireidError(f"the feature file {path}: {e}") from e
+    return replace(bank, features=bank.features / np.linalg.norm(bank.features, axis=1, keepdims=True)) if coarse else bank
 
 
 def load_extra(path) -> dict:

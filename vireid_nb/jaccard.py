@@ -9,10 +9,10 @@ __all__ = ['neighbour_codes', 'averaging_matrix', 'expand_codes', 'code_distance
 import numpy as np
 import torch
 from numba import njit
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, issparse
 
 from .neighbors import exact_dot, finite_features, in_chunks, knn, squared_norms
-from .records import as_numpy, log, require
+from .records import as_numpy, log, require, unit_rows
 
 # %% ../nbs/31_jaccard.ipynb #9e29c806
 @njit(cache=True, nogil=True)
@@ -40,7 +40,7 @@ def _grow(start, stop, ranks, agree, agree_half):
             members = np.concatenate((members, np.empty(len(members) + k1 * (half + 1), np.int32)))
         begin = used
         for t in range(k1):
-            if agree[i, t]:
+            if agree[i, t] and seen[ranks[i, t]] != i:
                 core[ranks[i, t]] = seen[ranks[i, t]] = i
                 members[used] = ranks[i, t]
                 used += 1
@@ -99,15 +99,37 @@ def _stack(parts, n) -> csr_array:  # parts: (sizes, columns, values) of success
     return csr_array((values, columns, _row_starts(sizes)), shape=(n, n))
 
 
+def _neighbour_table(ranks, n: int) -> np.ndarray:  # [n, >= 1] int32
+    "A neighbour table the kernels may follow blindly. Raises `VireidError` on anything else."
+    ranks = as_numpy(ranks)
+    require(ranks.ndim == 2 and len(ranks) == n and ranks.shape[1] > 0, f"jaccard: ranks have shape {ranks.shape}; [{n}, >= k] is needed")
+    require(ranks.dtype.kind in "iu" and (ranks.min() >= 0) and (ranks.max() < n), f"jaccard: ranks hold {ranks.min()}..{ranks.max()} ({ranks.dtype}); row numbers 0..{n - 1} are needed")
+    return np.ascontiguousarray(ranks, np.int32)
+
+
+def _code_matrix(V, what: str):
+    "V as the kernels need it: rows sorted, no column twice, nothing negative, no row above 1. Raises `VireidError` on anything else."
+    require(issparse(V) and V.ndim == 2 and V.shape[0] == V.shape[1], f"{what}: codes are a {type(V).__name__} of shape {np.shape(V)}; a sparse [N, N] matrix is needed")
+    V = V.tocsr()
+    if not V.has_canonical_format:
+        V = V.copy()
+        V.sum_duplicates()
+    require(bool((V.data >= 0).all()) and bool((V.sum(axis=1) < 1.001).all()), f"{what}: codes hold NaN, negative weights or rows that sum to more than 1; make them with neighbour_codes")
+    return V
+
+
 def neighbour_codes(
-    features,  # [N, D] float32
+    features,  # [N, D] array or tensor, of unit length (see `records.unit_rows`)
     ranks,  # [N, k1] neighbour table, the sample itself first
     sqdist=None,  # [N, k1] squared distances of the table; None = computed where needed
 ) -> csr_array:  # [N, N] float32, rows sum to 1
-    "The k-reciprocal code matrix V before any averaging: reciprocal sets, growth, softmax of -(2 - 2 cos) (steps 2 to 4)."
-    x, ranks = np.ascontiguousarray(features, np.float32), np.ascontiguousarray(ranks, np.int32)
+    "The k-reciprocal code matrix V before any averaging: reciprocal sets, growth, softmax of -(2 - 2 cos). Raises `VireidError` on features or a table that cannot be."
+    given = finite_features(features, "cpu")
+    x, ranks = unit_rows(given, "neighbour_codes"), _neighbour_table(ranks, len(given))
     n, k1 = ranks.shape
-    sqdist = np.empty((n, 0), np.float32) if sqdist is None else np.ascontiguousarray(sqdist, np.float32)
+    known = sqdist is not None and x is given  # distances of other lengths say nothing about these
+    sqdist = np.ascontiguousarray(as_numpy(sqdist), np.float32) if known else np.empty((n, 0), np.float32)
+    require(sqdist.shape == (n, k1 if known else 0), f"neighbour_codes: sqdist has shape {sqdist.shape}, ranks {ranks.shape}; both must be of one search")
     agree = np.concatenate(in_chunks(_mutual, n, ranks, k1))
     agree_half = np.concatenate(in_chunks(_mutual, n, ranks, min(round(k1 / 2) + 1, k1)))
     sizes, members = (np.concatenate(p) for p in zip(*in_chunks(_grow, n, ranks, agree, agree_half)))
@@ -143,7 +165,8 @@ def averaging_matrix(
 ) -> csr_array:  # [N, N] float32, k2 entries a row, rows sum to 1
     "The matrix A of the expansion V <- A V (MMM's and DMIC's invariant forms). Raises `VireidError` on groups that do not fit."
     require(averaging in ("nested", "flat"), f"averaging is {averaging!r}; choose nested or flat")
-    n, neighbours = len(ranks), np.ascontiguousarray(ranks[:, :k2], np.int32)
+    require(k2 >= 1, f"averaging_matrix: k2 is {k2}; it counts the sample itself, so 1 is the least")
+    n, neighbours = len(ranks), _neighbour_table(ranks, len(ranks))[:, :k2]
     groups = [np.unique(as_numpy(g), return_inverse=True)[1] for g in groups or ()]
     require(len(groups) <= 2, f"{len(groups)} groups given; (modality,) or (modality, camid) is needed")
     require(all(g.shape == (n,) for g in groups), f"groups have shapes {[g.shape for g in groups]}; each needs one value for each of {n} samples")
@@ -160,7 +183,7 @@ def averaging_matrix(
 def _average(start, stop, neighbours, weights, indptr, columns, values):
     "Rows start..stop of A V as (sizes, columns, values). neighbours, weights: [N, k2]; the CSR arrays are V's."
     n, k2 = neighbours.shape
-    acc, touched = np.zeros(n, np.float32), np.empty(n, np.int32)
+    acc, touched = np.full(n, -1, np.float32), np.empty(n, np.int32)  # -1: not touched; a weight may be zero, but not negative
     sizes, used = np.empty(stop - start, np.int32), 0
     out_c, out_v = np.empty(n, np.int32), np.empty(n, np.float32)
     for i in range(start, stop):
@@ -169,14 +192,15 @@ def _average(start, stop, neighbours, weights, indptr, columns, values):
             j, w = neighbours[i, r], weights[i, r]
             for e in range(indptr[j], indptr[j + 1]):
                 c = columns[e]
-                if acc[c] == 0:
+                if acc[c] < 0:
+                    acc[c] = 0
                     touched[count] = c
                     count += 1
                 acc[c] += w * values[e]
         if 16 * count > n:  # in a row this full, looking at every column is quicker than sorting
             count = 0
             for c in range(n):
-                if acc[c] != 0:
+                if acc[c] >= 0:
                     touched[count] = c
                     count += 1
         else:
@@ -186,16 +210,18 @@ def _average(start, stop, neighbours, weights, indptr, columns, values):
             out_v = np.concatenate((out_v, np.empty(len(out_v) + count, np.float32)))
         for c in touched[:count]:
             out_c[used], out_v[used] = c, acc[c]
-            acc[c] = 0
+            acc[c] = -1
             used += 1
         sizes[i - start] = count
     return sizes, out_c[:used].copy(), out_v[:used].copy()
 
 # %% ../nbs/31_jaccard.ipynb #165b6094
 def expand_codes(V, A) -> csr_array:
-    "The expansion A V, for an averaging matrix A with the same number of entries in each row."
-    n = V.shape[0]
+    "The expansion A V, for an averaging matrix A with the same number of entries in each row. Raises `VireidError` on matrices of other kinds."
+    V, n = _code_matrix(V, "expand_codes"), V.shape[0]
     k2 = A.nnz // n
+    even = A.shape == V.shape and bool((np.diff(A.indptr) == k2).all()) and bool((A.data >= 0).all())
+    require(even, f"expand_codes: A has shape {A.shape} for {n} codes, or rows of unequal size, or negative weights; make it with averaging_matrix")
     return _stack(in_chunks(_average, n, A.indices.reshape(n, k2), A.data.reshape(n, k2), V.indptr, V.indices, V.data), n)
 
 # %% ../nbs/31_jaccard.ipynb #d8582cc3
@@ -234,7 +260,7 @@ def _full_columns(colptr, rows, vals):
     return at, wide
 
 # %% ../nbs/31_jaccard.ipynb #5330706d
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")  # a weight may be zero: its gain is infinite
 def _choose(begin, end, columns, values, place, colptr, enough, waits):
     "Mark in `waits` the entries begin..end of a row that may wait; returns (their weight, the steps they would take), zeros where waiting would not save half of many steps."
     most, weight, saved, total = np.float32(0.75) * enough, np.float32(0), 0, 0
@@ -358,7 +384,7 @@ def _mirror(indptr, columns, dist, full):
 
 def code_distances(V, cap: float) -> csr_array:
     "All pairs with distance < cap between the rows of V [N, N], and the diagonal, as a symmetric matrix (the paper's Jaccard distance of codes)."
-    n = V.shape[0]
+    V, n = _code_matrix(V, "code_distances"), V.shape[0]
     colptr, rows, vals, place = _by_columns(V.indptr, V.indices, V.data)
     at, wide = _full_columns(colptr, rows, vals)
     upper = _stack(in_chunks(_overlap, n, V.indptr, V.indices, V.data, place, colptr, rows, vals, at, wide, np.float32(cap), rows=max(64, n // 1024)), n)
@@ -463,17 +489,15 @@ def _table(x, k1, ranks, sqdist):
     n = len(x)
     if ranks is None:
         return knn(x, k1)
-    ranks = as_numpy(ranks)
-    require(ranks.ndim == 2 and len(ranks) == n, f"jaccard_distance: ranks have shape {ranks.shape}; [{n}, >= k1] is needed")
+    ranks = _neighbour_table(ranks, n)
     require(ranks.shape[1] >= min(k1, n), f"jaccard_distance: ranks have {ranks.shape[1]} columns, k1 is {k1}; search with knn(features, {k1})")
-    require(ranks.min() >= 0 and ranks.max() < n, f"jaccard_distance: ranks hold {ranks.min()}..{ranks.max()}; rows 0..{n - 1} exist")
     if k1 > n:
         log.warning("jaccard_distance: k1 is %d for %d samples; going on with %d", k1, n, n)
     return ranks[:, :k1], None if sqdist is None else as_numpy(sqdist)[:, :k1]
 
 # %% ../nbs/31_jaccard.ipynb #0b5439a8
 def jaccard_distance(
-    features,  # [N, D] array or tensor, finite, about unit length
+    features,  # [N, D] array or tensor, finite; lengths as `records.unit_rows` says
     *,
     k1: int = 30,  # reciprocal neighbours, the sample itself included
     k2: int = 6,  # codes averaged in the expansion, its own included; 1 = no expansion
@@ -488,8 +512,9 @@ def jaccard_distance(
     Raises `VireidError` on NaN, groups or ranks that do not fit, k2 < 1, or a max_distance outside (0, 1]."""
     require(0 < max_distance <= 1, f"jaccard_distance: max_distance is {max_distance}; it lies in (0, 1]")
     require(k1 >= 1 and k2 >= 1, f"jaccard_distance: k1 is {k1} and k2 is {k2}; both count the sample itself, so 1 is the least")
-    x = finite_features(features, device)
-    ranks, sqdist = _table(x, k1, ranks, sqdist)
+    given = finite_features(features, device)
+    x = unit_rows(given, "jaccard_distance")
+    ranks, sqdist = _table(x, k1, ranks, sqdist if x is given else None)
     if k2 > ranks.shape[1]:
         log.warning("jaccard_distance: k2 is %d but there are %d neighbours; averaging these", k2, ranks.shape[1])
     A = averaging_matrix(ranks, k2, groups, averaging)
@@ -497,7 +522,7 @@ def jaccard_distance(
     if isinstance(x, np.ndarray):
         V = neighbour_codes(x, ranks, sqdist)
         return code_distances(V if k2 == 1 else expand_codes(V, A), cap)
-    table, weights = (torch.as_tensor(a, device=x.device) for a in (ranks, A.data.reshape(len(ranks), -1)))
+    table, weights = (torch.as_tensor(a, device=x.device) for a in (ranks.astype(np.int64), A.data.reshape(len(ranks), -1)))
     code = _codes_device(x, table)
     return _distances_device(code if k2 == 1 else _expand_device(code, table[:, :k2], weights), float(cap))
 

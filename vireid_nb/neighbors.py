@@ -7,6 +7,7 @@ __all__ = ['TILE', 'NOBODY', 'MARGIN', 'CELL', 'PROBES', 'TURNS', 'BACKENDS', 'A
            'in_chunks', 'load_faiss', 'finite_features', 'knn', 'search_recall', 'modality_knn']
 
 # %% ../nbs/30_neighbors.ipynb #f603f911
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, product
@@ -17,7 +18,7 @@ from numba import njit
 from threadpoolctl import threadpool_info
 
 from .processes import gather_rows, rank, share, total, world
-from .records import Modality, as_numpy, log, require, seeded
+from .records import Modality, as_numpy, float_matrix, log, require, row_lengths, seeded, some_rows
 
 # %% ../nbs/30_neighbors.ipynb #f2730809
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
@@ -213,17 +214,39 @@ def _settle(start, stop, first, x, norm, name, score, ids, known, slack, ranks, 
 
 # %% ../nbs/30_neighbors.ipynb #53a7161f
 @njit(cache=True, nogil=True)
-def _brute(start, stop, rows, first, begin, end, x, norm, name, ranks, sqdist):
-    "Fill the given rows of ranks and sqdist by looking at every sample begin..end."
-    for p in range(start, stop):
-        r = rows[p]
-        i = first + r
+def _among_all(start, stop, rows, begin, score, floor, x, norm, name, ranks, sqdist):
+    "Fill rows start..stop of ranks, sqdist [rows, k] with the nearest of samples begin + 0.. whose score [rows, columns] reaches the floor [rows]; the row itself counts as one of them."
+    for r in range(start, stop):
+        i = rows[r]
         ranks[r], sqdist[r] = NOBODY, np.inf
-        for j in range(begin, end):
-            if j != i:
-                d = np.float32(max(norm[i] + norm[j] - 2 * exact_dot(x[i], x[j]), 0.0))
-                _place(sqdist[r, 1:], ranks[r, 1:], d, name[j])
-        ranks[r, 0], sqdist[r, 0] = name[i], 0
+        for c in range(score.shape[1]):
+            if score[r, c] >= floor[r]:
+                j = begin + c
+                _place(sqdist[r], ranks[r], np.float32(max(norm[i] + norm[j] - 2 * exact_dot(x[i], x[j]), 0.0)), name[j])
+
+
+def _self_first(me, ranks, sqdist) -> tuple:  # me: [B]; ranks, sqdist: [B, k]
+    "The same neighbours with the row itself in front."
+    k, own = ranks.shape[1], ranks == me[:, None]
+    drop = np.where(own.any(1), own.argmax(1), k - 1)
+    keep = np.arange(k) != drop[:, None]
+    others = [a[keep].reshape(len(me), k - 1) for a in (ranks, sqdist)]
+    return np.column_stack([me, others[0]]), np.column_stack([np.zeros(len(me), np.float32), others[1]])
+
+
+def _brute(rows, span, k, x, norm, name, slack) -> tuple:  # rows: of x; span: (begin, end) of the samples to look at
+    "(ranks, sqdist) [rows, k] by comparing each distinct row with everybody."
+    seen, (begin, end) = {}, span
+    which = np.array([seen.setdefault(hashlib.blake2b(x[i]).digest(), len(seen)) for i in rows])
+    rows, every = rows[np.unique(which, return_index=True)[1]], x[begin:end]
+    ranks, sqdist = np.empty((len(rows), k), np.int64), np.empty((len(rows), k), np.float32)
+    step = max(1, (1 << 23) // len(every))
+    for a in range(0, len(rows), step):
+        some = rows[a : a + step]
+        score = (torch.from_numpy(x[some]) @ torch.from_numpy(every).T).numpy() - (norm[begin:end] / 2).astype(np.float32)
+        floor = np.partition(score, -k, axis=1)[:, -k] - slack[some]
+        in_chunks(_among_all, len(some), some, begin, score, floor, x, norm, name, ranks[a : a + step], sqdist[a : a + step], rows=8)
+    return ranks[which], sqdist[which]
 
 # %% ../nbs/30_neighbors.ipynb #9a61ef7a
 def _exact_host(x, norm, score, ids, known, views, exact=True) -> list:
@@ -231,13 +254,14 @@ def _exact_host(x, norm, score, ids, known, views, exact=True) -> list:
     top = np.sqrt(norm.max())
     slack = (16 * np.sqrt(x.shape[1]) * 2.0**-24 * top * np.sqrt(norm)).astype(np.float32)  # twice the error: both scores may be off
     answers = []
-    for first, last, seg, (begin, end), k, name in views:
+    for first, last, seg, span, k, name in views:
         ranks, sqdist = np.empty((last - first, k), np.int64), np.empty((last - first, k), np.float32)
         lists = (score[seg], ids[seg], known[seg])
         short = np.concatenate([np.empty(0, np.int64)] + in_chunks(_settle, last - first, first, x, norm, name, *lists, slack, ranks, sqdist, exact))
         if len(short):
             log.warning("knn: %d of %d rows have many near-copies or too few candidates; searched by brute force", len(short), last - first)
-            in_chunks(_brute, len(short), short, first, begin, end, x, norm, name, ranks, sqdist, rows=8)
+            found = _brute(first + short, span, k, x, norm, name, slack)
+            ranks[short], sqdist[short] = _self_first(name[first + short], *found)
         answers.append((ranks, sqdist))
     return answers
 
@@ -248,6 +272,27 @@ def _distances_device(x, i, j):  # x: [N, D]; i: [B], j: [B, M] rows of x
     return ((a * a).sum(-1) + (b * b).sum(-1) - 2 * (a * b).sum(-1)).clamp(min=0).float()
 
 
+def _sorted_device(dist, name, k):  # dist, name: [B, M]
+    "The first k (name, dist) of each row, sorted by distance, then name."
+    name, by_name = name.sort(dim=1)
+    dist, by_dist = dist.gather(1, by_name).sort(dim=1, stable=True)
+    return name.gather(1, by_dist)[:, :k], dist[:, :k]
+
+
+def _brute_device(x, rows, every, name, k) -> tuple:
+    "(ranks, sqdist) [rows, k - 1] of some rows of x among the rows `every`, themselves left out; each distinct row is searched once."
+    _, which = torch.unique(x[rows], dim=0, return_inverse=True)
+    ranks, sqdist = torch.empty(len(rows), k - 1, dtype=torch.int64, device=x.device), torch.empty(len(rows), k - 1, device=x.device)
+    for group in range(int(which.max()) + 1):
+        same = (which == group).nonzero()[:, 0]
+        dist = torch.cat([_distances_device(x, rows[same[:1]], e[None]) for e in every.split(1 << 14)], 1)
+        near, dist = _sorted_device(dist, name[every][None], k)
+        others = near != name[rows[same]][:, None]
+        others[others.all(1), -1] = False  # not among its own nearest: the last gives way
+        ranks[same], sqdist[same] = (a.expand(len(same), k)[others].view(len(same), k - 1) for a in (near, dist))
+    return ranks, sqdist
+
+# %% ../nbs/30_neighbors.ipynb #84e87446
 def _exact_device(x, score, ids, views, error=2.0**-24) -> list:
     "What `_exact_host` does, with torch on the device of x."
     top = x.norm(dim=1)
@@ -264,21 +309,14 @@ def _exact_device(x, score, ids, views, error=2.0**-24) -> list:
         dist = torch.cat([_distances_device(x, i, j) for i, j in zip(rows.split(step), cand.clamp(min=0).split(step))])
         called = name[cand.clamp(min=0)].masked_fill(cand < 0, NOBODY)
         ranks, sqdist = _sorted_device(dist.masked_fill(cand < 0, torch.inf), called, k - 1)
-        for r in torch.nonzero(short).flatten().tolist():
-            every = torch.arange(begin, end, device=x.device)
-            every = every[every != first + r]
-            one = torch.cat([_distances_device(x, rows[r : r + 1], e[None]) for e in every.split(1 << 14)], 1)
-            ranks[r : r + 1], sqdist[r : r + 1] = _sorted_device(one, name[every][None], k - 1)
-        me = name[rows][:, None]
-        answers.append((torch.cat([me, ranks], 1), torch.cat([torch.zeros_like(me, dtype=torch.float32), sqdist], 1)))
+        me, short = name[rows], torch.nonzero(short).flatten()
+        if len(short):
+            ranks[short], sqdist[short] = _brute_device(x, rows[short], torch.arange(begin, end, device=x.device), name, k)
+        answers.append((torch.cat([me[:, None], ranks], 1), torch.cat([sqdist.new_zeros(len(me), 1), sqdist], 1)))
     return answers
 
-# %% ../nbs/30_neighbors.ipynb #ad627994
-def _sorted_device(dist, name, k):  # dist, name: [B, M]
-    "The first k (name, dist) of each row, sorted by distance, then name."
-    name, by_name = name.sort(dim=1)
-    dist, by_dist = dist.gather(1, by_name).sort(dim=1, stable=True)
-    return name.gather(1, by_dist)[:, :k], dist[:, :k]
+
+
 
 # %% ../nbs/30_neighbors.ipynb #f27bf4e1
 def load_faiss():
@@ -488,16 +526,19 @@ def finite_features(
     features,  # [N, D] array or tensor
     device=None,  # where to work; None = where the features are
 ):  # a numpy array on the host, a tensor on an accelerator
-    "Features as the pseudo-label notebooks work on them: contiguous float32. Raises `VireidError` on NaN, infinity, no samples or a wrong shape."
-    if device is None:
-        device = features.device if isinstance(features, torch.Tensor) else "cpu"
-    device = _there(device)
-    require(getattr(features, "ndim", 2) == 2, f"knn: features have shape {tuple(features.shape)}; [N, D] is needed")
-    x = torch.as_tensor(features, dtype=torch.float32, device=device).detach().contiguous()
+    "Features as the pseudo-label notebooks work on them: contiguous float32, of any length a square of which single precision holds. Raises `VireidError` on NaN, infinity, no samples or a wrong shape."
+    there = _there(features.device if device is None and isinstance(features, torch.Tensor) else device or "cpu")
+    if isinstance(features, torch.Tensor) and features.device.type != "cpu":
+        x = features.detach().to(there, torch.float32).contiguous()
+        require(x.ndim == 2 and x.shape[1] > 0, f"knn: features have shape {tuple(x.shape)}; [N, D] with at least one column is needed")
+    else:
+        x = float_matrix(features, "knn")
     require(len(x) > 0, "knn: there are no samples to search; check the selection that made this feature array")
-    bad = torch.nonzero(~torch.isfinite(torch.linalg.vector_norm(x, dim=1))).flatten()  # one pass, no copy
-    require(not len(bad), f"knn: {len(bad)} of {len(x)} rows hold NaN or infinity (first: row {bad[:1].tolist()}); look at the images or weights that made them")
-    return x.numpy() if device.type == "cpu" else x
+    length = as_numpy(row_lengths(x))
+    bad, longest = np.flatnonzero(~np.isfinite(length)), length.max()
+    require(not len(bad), f"knn: {len(bad)} of {len(x)} rows hold NaN or infinity ({some_rows(bad)}); look at the images or weights that made them")
+    require(longest == 0 or 1e-15 < longest < 1e18, f"knn: the longest row has length {longest:.3g}; bring features to about unit length first")
+    return torch.as_tensor(x, device=there) if there.type != "cpu" else as_numpy(x)
 
 
 def _clipped(k: int, n: int, what: str) -> int:
