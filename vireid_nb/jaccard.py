@@ -117,7 +117,7 @@ def _code_matrix(V, what: str):
     require(bool((V.data >= 0).all()) and bool((V.sum(axis=1) < 1.001).all()), f"{what}: codes hold NaN, negative weights or rows that sum to more than 1; make them with neighbour_codes")
     return V
 
-
+# %% ../nbs/31_jaccard.ipynb #30f2e700
 def neighbour_codes(
     features,  # [N, D] array or tensor, of unit length (see `records.unit_rows`)
     ranks,  # [N, k1] neighbour table, the sample itself first

@@ -73,9 +73,6 @@ def at_hand(x: torch.Tensor) -> bool:
     return x.device.type == "cpu"
 
 # %% ../nbs/00_records.ipynb #9b61071e
-SHORTEST, LONGEST = 0.7, 1.01  # lengths that pass as they are
-
-
 def some_rows(rows) -> str:  # rows: positions
     "Row numbers for a message: the first five, and how many more."
     rows = [int(r) for r in rows]
@@ -96,7 +93,7 @@ def row_lengths(
         length[odd] = (wide * wide).sum(1) ** 0.5
     return length
 
-
+# %% ../nbs/00_records.ipynb #a7934ab5
 def float_matrix(
     features,  # [N, D] array, tensor or nested list of numbers
     what: str,  # who asks, for messages
@@ -110,6 +107,9 @@ def float_matrix(
     shape = np.shape(features)  # ascontiguousarray makes a row of a single number
     require(len(shape) == 2 and shape[1] > 0, f"{what}: features have shape {tuple(shape)}; [N, D] with at least one column is needed")
     return x
+
+# %% ../nbs/00_records.ipynb #4c50d8d1
+SHORTEST, LONGEST = 0.7, 1.01  # lengths that pass as they are
 
 
 def unit_rows(
@@ -151,12 +151,10 @@ class FeatureBank:
     index: np.ndarray  # [N] int64, position in the catalogue, each once
 
     def __post_init__(self):
-        features = float_matrix(self.features, "FeatureBank")
-        n, put = len(features), lambda name, value: object.__setattr__(self, name, value)
-        put("features", unit_rows(features, "FeatureBank"))
-        put("modality", _column("modality", self.modality, n, 0, 1))
-        put("camid", _column("camid", self.camid, n, -1))
-        put("index", _column("index", self.index, n, 0))
+        put = lambda name, value: object.__setattr__(self, name, value)
+        put("features", unit_rows(float_matrix(self.features, "FeatureBank"), "FeatureBank"))
+        for name, *bounds in (("modality", 0, 1), ("camid", -1), ("index", 0)):
+            put(name, _column(name, getattr(self, name), len(self), *bounds))
         twice = np.flatnonzero(np.diff(np.sort(self.index)) == 0)
         require(not len(twice), f"FeatureBank: index holds {np.sort(self.index)[twice[0]] if len(twice) else ''} more than once; each row is a sample of its own")
 
