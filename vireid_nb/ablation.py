@@ -204,12 +204,12 @@ def run_job(job: Job) -> tuple:  # (Run, "trained" | "resumed" | "there")
 
 # %% ../nbs/69_ablation.ipynb #f0c16f4c
 PROTOCOLS = ("all", "thermal-visible", "infrared-visible")  # shown unless others are asked for
-LABELS = {"ari_all": "ARI all", "ari_visible": "ARI vis", "ari_infrared": "ARI ir"}
+LABELS = {"ari_all": "ARI all", "ari_visible": "ARI vis", "ari_infrared": "ARI ir", "neighbour_mixing": "across"}
 COUNTS = {"n_clusters_visible": "clusters vis", "n_clusters_infrared": "clusters ir", "n_mixed": "mixed"}
 
 
 def run_scores(run: Run, protocols: tuple = ()) -> dict:  # {column: number}; scores and ARI in percent
-    "What a run came to: Rank-1 and mAP after the last epoch, ARI and cluster counts of the final labels; NaN where nothing is known."
+    "What a run came to: Rank-1 and mAP after the last epoch, ARI and cluster counts of the final labels, neighbours across modalities; NaN where nothing is known."
     events, out = run.events(), {}
     judged = {e["protocol"]: e for e in events if e["event"] == "eval" and e["epoch"] >= 0}
     for p in protocols or [p for p in PROTOCOLS if p in judged]:
@@ -245,7 +245,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 def write_ablation(out: Path, runs: pd.DataFrame, title: str, cells: dict) -> None:  # runs: as for `ablation_table`
     "Write `ablation.md` and `ablation.csv`, whole or not at all."
     set_by = "\n".join(f"* {label or '(as it is)'}: " + (", ".join(f"`{k} = {v}`" for k, v in o.items()) or "nothing changed") for label, o in cells.items())
-    note = "Scores and ARI in percent, of infrared queries and of the final pseudo-labels; mean ± standard deviation over seeds. `mixed`: clusters that hold both modalities."
+    note = "Scores and ARI in percent, of infrared queries and of the final pseudo-labels; mean ± standard deviation over seeds. `across`: neighbours of the other modality, relative to chance; `mixed`: clusters that hold both modalities."
     failed = "".join(f"\n* failed: {r.cell}, seed {r.seed}: {r.error}" for r in runs.itertuples() if r.error)
     with atomic_path(out / "ablation.md") as tmp:
         tmp.write_text(f"# {title}\n\n{to_markdown(ablation_table(runs))}\n\n{note}\n\nWhat each row sets:\n\n{set_by}\n{failed}\n")

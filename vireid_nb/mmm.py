@@ -298,13 +298,20 @@ def mmm_preset(data: str) -> MmmConfig:  # one of `PRESETS`; with "-released" th
 
 
 _WITHOUT, _MATCHED = {"sca.intra": 0.0, "sca.inter": 0.0}, {"joint_labels": "matched"}
+_CMC = {"joint_labels": "dbscan", **_WITHOUT}
 ABLATIONS = {  # name of the table -> {row: {dotted key of the configuration: value}}
     "parts": {
-        "CMC": {"joint_labels": "dbscan", **_WITHOUT},
+        "CMC": _CMC,
         "CMC + MMLM": _MATCHED | _WITHOUT,
         "CMC + MMLM + intra": _MATCHED | {"sca.inter": 0.0},
         "CMC + MMLM + inter": _MATCHED | {"sca.intra": 0.0},
         "MMM": _MATCHED,
         "MMM, both labels": {"joint_labels": "both"},
-    }
+    },
+    "batches": {
+        f"{name}, {draw}, momentum {m}": parts | {"batch.joint": draw, "momentum": m}
+        for name, parts in {"CMC": _CMC, "MMM": _MATCHED}.items()
+        for draw in ("apart", "paired")
+        for m in (0.1, 0.8)
+    },
 }

@@ -28,6 +28,7 @@ from .engine import Engine, EngineConfig, Stopwatch, load_checkpoint, peak_memor
 from .evaluation import evaluate_trials, pseudo_label_scores
 from .features import extract
 from .processes import everywhere, gather_rows, main, share, whole_batch, whole_batch_norm, world
+from .projection import neighbour_mixing
 from .records import FeatureBank, Modality, PseudoLabels, log, on_device, recover, require, seeded, seeded_torch
 from .sampling import intra_batches, joint_batches
 from .transforms import AugmentConfig, ImageStore, batches_ahead, infrared_view, visible_views
@@ -443,10 +444,10 @@ def label_samples(session: Session, method: Method, epoch: int) -> tuple:  # (Fe
 
 
 def keep_labels(session: Session, bank: FeatureBank, labels: PseudoLabels, epoch: int) -> None:
-    "Score the labels and put them into the run folder."
+    "Score the labels, and how far the modalities have mixed, and put them into the run folder."
     config, scores = session.config, pseudo_label_scores(labels, session.catalog.train.pid.to_numpy())
     phase = phase_at(config, epoch)[0] if epoch < config.epochs else "end"
-    session.tell("labels", epoch, phase=phase, **scores)
+    session.tell("labels", epoch, phase=phase, **scores, neighbour_mixing=neighbour_mixing(bank))
     session.run.save_epoch(epoch, labels, bank if config.keep_features else None, phase=phase, scores=scores)
 
 # %% ../nbs/64_training.ipynb #fc29acd8
