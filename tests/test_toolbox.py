@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csr_array
 
 from vireid_nb.association import (
@@ -22,7 +23,9 @@ from vireid_nb.association import (
 from vireid_nb.balanced import balanced_jaccard, balanced_knn, balanced_labels, cross_knn
 from vireid_nb.clustering import ClusterConfig, dbscan
 from vireid_nb.jaccard import to_dense
-from vireid_nb.records import FeatureBank, Modality, PseudoLabels, VireidError
+from vireid_nb.memories import ClusterMemory, cluster_nce
+from vireid_nb.prototypes import DrawnMemory, PrototypeMemory
+from vireid_nb.records import FeatureBank, Modality, PseudoLabels, VireidError, seeded_torch
 from vireid_nb.relations import Relation, mutual, relation
 from vireid_nb.synthetic import make_vi_features
 
@@ -265,3 +268,53 @@ def test_mutual_is_symmetric():
         mutual(Relation(v.weights, Modality.VISIBLE, "sample"), r)
     with pytest.raises(VireidError, match="number the clusters"):
         relation([[-1, 0]], (2, 2), Modality.VISIBLE)
+
+
+# ---- prototypes
+
+
+@pytest.mark.parametrize("batch", ["near", "far", "close"])
+def test_pclhd_prototypes_golden(batch):
+    g = golden("h_pclhd_prototypes")
+    own = lambda name: torch.from_numpy(g[name])
+    memory = PrototypeMemory(own("mean"), temperature=g["temperature"], momentum=g["momentum"], slack=g["slack"])
+    memory.mean, memory.hard = own("mean"), own("hard")
+    emb = own(f"{batch}_emb").requires_grad_()
+    loss = memory.loss(emb, g["y"])
+    loss.backward()
+    for kind in ("mean", "hard"):
+        assert abs(cluster_nce(emb, g["y"], getattr(memory, kind)).item() - g[f"{batch}_ce_{kind}"]) <= 5e-7
+    assert abs(loss.item() - g[f"{batch}_loss"]) <= 5e-7 and (emb.grad - own(f"{batch}_grad")).abs().max() < 5e-7
+    for cluster, row in g[f"{batch}_hard_row"]:
+        rows = np.flatnonzero(g["y"] == cluster)
+        similarity = (torch.nn.functional.normalize(emb.detach(), dim=1)[rows] @ memory.mean[cluster]).numpy()
+        assert rows[similarity.argmin()] == row
+    memory.update(emb, g["y"])
+    for kind in ("mean", "hard"):
+        assert (getattr(memory, kind) - own(f"{batch}_{kind}_after")).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("batch", ["near", "far", "close"])
+def test_pclhd_dynamic_prototypes_golden_and_their_bug(batch):
+    g = golden("h_pclhd_prototypes")
+    drawn = DrawnMemory(torch.from_numpy(g["drawn"]).view(g["draws"], 7, 20).transpose(0, 1), temperature=g["temperature"])
+    emb = torch.from_numpy(g[f"{batch}_emb"]).requires_grad_()
+    loss = drawn.loss(emb, g["y"])
+    loss.backward()
+    assert loss.item() == pytest.approx(g[f"{batch}_dynamic_loss"], rel=1e-7, abs=5e-7)  # 12.3 in float32 is no finer than 1e-6
+    assert (emb.grad - torch.from_numpy(g[f"{batch}_dynamic_grad"])).abs().max() < 5e-7
+    assert not g[f"{batch}_dynamic_has_gradient_program"] and emb.grad.abs().max() > 0  # known slip: the program's teaches nothing
+
+
+def test_every_memory_has_one_face():
+    g = seeded_torch(0)
+    emb, y = torch.randn(12, 8, generator=g), np.arange(12) % 4 - 1
+    for memory in (ClusterMemory(torch.randn(3, 8, generator=g), update="shuffled"), PrototypeMemory(torch.randn(3, 8, generator=g)), DrawnMemory(torch.randn(3, 5, 8, generator=g))):
+        before = {k: v.clone() for k, v in memory.state_dict().items()}
+        each = memory.loss(emb, y, "none")
+        assert each.shape == (12,) and (each[y < 0] == 0).all() and len(memory) == 3
+        assert torch.allclose(each.sum() / (y >= 0).sum(), memory.loss(emb, y))
+        memory.update(emb, np.full(12, -1), g)
+        assert all(torch.equal(v, before[k]) for k, v in memory.state_dict().items())
+        memory.update(emb, y, g)
+        assert any(not torch.equal(v, before[k]) for k, v in memory.state_dict().items())
