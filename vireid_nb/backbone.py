@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision.models.resnet import BasicBlock
 
-from .records import Modality, VireidError, atomic_path, derive_seed, log, on_device, require
+from .records import Modality, VireidError, at_least_float32, atomic_path, derive_seed, log, on_device, require
 
 # %% ../nbs/20_backbone.ipynb #91fe6567
 @contextmanager
@@ -35,12 +35,12 @@ def seeded_init(seed: int):
 
 # %% ../nbs/20_backbone.ipynb #2ff62448
 def gem(
-    maps: torch.Tensor,  # [B, C, h, w] feature maps
+    maps: torch.Tensor,  # [B, C, h, w] feature maps; negative values count as 0
     p: float = 3.0,  # 1 is the average, towards infinity the maximum
-    eps: float = 1e-6,  # smaller values count as this
-) -> torch.Tensor:  # [B, C] float32
-    "Generalised-mean pooling over positions (AGW; both papers use p = 3)."
-    return maps.float().clamp(min=eps).pow(p).mean((2, 3)).pow(1.0 / p)
+    eps: float = 1e-12,  # added under the root
+) -> torch.Tensor:  # [B, C] float32 (float64 of float64)
+    "Generalised-mean pooling over positions (AGW; both papers use p = 3, their programs this eps)."
+    return at_least_float32(maps).clamp(min=0).pow(p).mean((2, 3)).add(eps).pow(1.0 / p)
 
 # %% ../nbs/20_backbone.ipynb #a450eb13
 class NonLocal(nn.Module):
@@ -158,7 +158,7 @@ class TwoStream(nn.Module):
 
     def pooled(self, x, modality):  # [B, 3, H, W], one Modality or [B] -> [B, feat_dim]
         "Pooled features, before the neck."
-        return self.body(_stem_rows(self.stems, x, modality))
+        return self.body(_stem_rows(self.stems, x.to(self.neck.weight.dtype), modality))  # a network in double takes float32 pictures
 
     def body(self, x):  # [B, C, h, w] out of a stem -> [B, feat_dim]
         "What both modalities share: the stages and the pooling."

@@ -24,7 +24,7 @@ def modality_memories(learner: Learner, bank: FeatureBank, labels: PseudoLabels)
     out, config = {}, learner.config
     for m, y in ((Modality.VISIBLE, labels.visible), (Modality.INFRARED, labels.infrared)):
         if n_clusters(y):
-            means = cluster_means(bank.features[bank.modality == m], y)
+            means = cluster_means(learner.features(bank)[bank.modality == m], y)
             out[m] = ClusterMemory(means, temperature=config.temperature, momentum=config.momentum).to(learner.engine.device)
         else:
             log.warning("no %s cluster in this epoch; that modality does not train", m.title)
@@ -61,7 +61,7 @@ def joint_steps(
     pairs = joint_pairs(learner, bank, joint, epoch, name)
     if not pairs:
         return
-    memory = ClusterMemory(joint_means(bank.features, joint, bank.modality), temperature=config.temperature, momentum=config.momentum).to(device)
+    memory = ClusterMemory(joint_means(learner.features(bank), joint, bank.modality), temperature=config.temperature, momentum=config.momentum).to(device)
     for batch in learner.batches(pairs, epoch, name):
         emb = learner.embed(batch)
         visible, infrared = (emb.visible, np.tile(joint[batch.visible], 2)), (emb.infrared, joint[batch.infrared])

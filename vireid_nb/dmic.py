@@ -85,7 +85,7 @@ def hybrid_memories(
         among = np.isin(bank.modality, [m for m in Modality if name in (m.title, "joint")])
         outliers = torch.from_numpy(among) if hmcl.outliers else None
         generator = seeded_torch(config.seed, "instances", name, epoch)
-        out[name] = HybridMemory(bank.features, y, bank.modality, generator, levels=levels, reading=hmcl.reading, outliers=outliers, **how).to(learner.engine.device)
+        out[name] = HybridMemory(learner.features(bank), y, bank.modality, generator, levels=levels, reading=hmcl.reading, outliers=outliers, **how).to(learner.engine.device)
     return out
 
 

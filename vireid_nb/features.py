@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from .processes import gather_rows, main, share
-from .records import FeatureBank, VireidError, as_numpy, atomic_path, require
+from .records import FeatureBank, VireidError, as_numpy, at_least_float32, atomic_path, require
 from .transforms import normalize
 
 # %% ../nbs/22_features.ipynb #7a9c4ea8
@@ -38,7 +38,7 @@ def evaluating(model: torch.nn.Module):
 
 # %% ../nbs/22_features.ipynb #cf95ddb6
 def _unit(x: torch.Tensor) -> torch.Tensor:  # [B, D] -> [B, D] rows of length 1, NaN where a row is zero
-    x = x.float()
+    x = at_least_float32(x)
     return x / x.norm(dim=1, keepdim=True)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .memories import joint_means
-from .records import as_numpy, at_hand, on_device, require
+from .records import as_numpy, at_hand, at_least_float32, on_device, require
 
 # %% ../nbs/46_hmcl.ipynb #1d91828f
 def group_nce(
@@ -25,9 +25,9 @@ def group_nce(
     reduction: str = "mean",  # "mean" over the labelled embeddings -> scalar, 0 without any | "none" -> [B], 0 where there is no label
 ) -> torch.Tensor:
     "Mean log-probability of all entries of the own cluster, negated (DMIC, HMCL), NaN where a label has no entry; on a CPU that and NaN embeddings raise `VireidError`."
-    emb, labels = torch.as_tensor(emb), as_numpy(labels, np.int64)
+    (emb, entries), labels = at_least_float32(emb, entries), as_numpy(labels, np.int64)
     kept = np.flatnonzero(labels >= 0)
-    emb, y = emb[on_device(kept, emb.device)].float(), on_device(labels[kept], emb.device)
+    emb, y = emb[on_device(kept, emb.device)], on_device(labels[kept], emb.device)
     if not len(kept):
         return emb.sum() * 0 if reduction == "mean" else emb.new_zeros(len(labels))
     with torch.autocast(emb.device.type, enabled=False):
@@ -77,7 +77,7 @@ class EntryMemory(nn.Module):
         super().__init__()
         require(temperature > 0, f"EntryMemory: temperature is {temperature}; more than 0 is needed")
         require(0 <= momentum < 1, f"EntryMemory: momentum is {momentum}; 0 to below 1 is needed")
-        self.register_buffer("entries", F.normalize(torch.as_tensor(entries).detach().float(), dim=1))
+        self.register_buffer("entries", F.normalize(at_least_float32(entries).detach(), dim=1))
         self.register_buffer("labels", torch.as_tensor(labels).long())
         require(len(self.entries) == len(self.labels), f"EntryMemory: {len(self.entries)} entries with {len(self.labels)} labels; one each is needed")
         self.temperature, self.momentum, self.normalise = temperature, momentum, normalise
@@ -93,7 +93,7 @@ class EntryMemory(nn.Module):
     def update(self, emb, slots, generator: torch.Generator) -> None:
         "Overwrite entry `slots[i]` by embedding i, or one of several; in place, so after the backward pass."
         slots, rows = (on_device(x, self.entries.device) for x in winners(slots, generator))
-        new = emb.detach().float()[rows]
+        new = emb.detach().to(self.entries.dtype)[rows]
         new = F.normalize(new, dim=1) if self.normalise or self.momentum else new
         new = self.momentum * self.entries[slots] + (1 - self.momentum) * new
         self.entries[slots] = F.normalize(new, dim=1) if self.normalise else new

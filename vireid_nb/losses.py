@@ -8,11 +8,11 @@ __all__ = ['batch_hard_triplet', 'mmd2']
 # %% ../nbs/42_losses.ipynb #9d44ef37
 import torch
 
-from .records import require
+from .records import at_least_float32, require
 
 # %% ../nbs/42_losses.ipynb #ddabde73
 def _distances(
-    a: torch.Tensor,  # [B, D] float32
+    a: torch.Tensor,  # [B, D]
     b: torch.Tensor | None,  # [R, D]; None: `a` against itself
 ) -> torch.Tensor:  # [B, R]
     "Euclidean distances, at least 1e-6; the diagonal is 1e-6 when `a` meets itself."
@@ -31,16 +31,18 @@ def batch_hard_triplet(
     ref_labels=None,  # [R]
     reduction: str = "mean",  # "mean" over anchors that have a triplet -> scalar; "none" -> [B]
 ) -> torch.Tensor:
-    "Batch-hard triplet loss in float32 (published MMM program, third stage); raises `VireidError` when only one of `ref_emb`, `ref_labels` is given."
+    "Batch-hard triplet loss, in float32 or float64 (published MMM program, third stage); raises `VireidError` when only one of `ref_emb`, `ref_labels` is given."
     require((ref_emb is None) == (ref_labels is None), "batch_hard_triplet: ref_emb and ref_labels go together; pass both or none")
     require(reduction in ("mean", "none"), f"batch_hard_triplet: reduction is {reduction!r}; 'mean' or 'none' is needed")
-    emb = torch.as_tensor(emb)
+    emb = at_least_float32(emb)
+    if ref_emb is not None:
+        emb, ref_emb = at_least_float32(emb, torch.as_tensor(ref_emb, device=emb.device))
     labels = torch.as_tensor(labels, device=emb.device)
     others = labels if ref_labels is None else torch.as_tensor(ref_labels, device=emb.device)
     with torch.autocast(emb.device.type, enabled=False):
-        d = _distances(emb.float(), None if ref_emb is None else torch.as_tensor(ref_emb, device=emb.device).float())
+        d = _distances(emb, ref_emb)
     if not d.numel():
-        return emb.float().sum(1) * 0 if reduction == "none" else emb.float().sum() * 0
+        return emb.sum(1) * 0 if reduction == "none" else emb.sum() * 0
     known = (labels >= 0)[:, None] & (others >= 0)
     positive, negative = known & (labels[:, None] == others), known & (labels[:, None] != others)
     farthest = d.masked_fill(~positive, -1.0).max(1).values
@@ -63,16 +65,16 @@ def mmd2(
     factor: float = 2.0,  # from one kernel's bandwidth to the next
     bandwidth: float | None = None,  # the middle kernel's, a squared distance; None: mean squared distance over all pairs
 ) -> torch.Tensor:  # scalar
-    "Squared maximum mean discrepancy with Gaussian kernels (MMM, inter-modality SCA), in float32; 0 when a side is empty or all samples coincide."
-    source, target = torch.as_tensor(source), torch.as_tensor(target)
+    "Squared maximum mean discrepancy with Gaussian kernels (MMM, inter-modality SCA), in float32 or float64; 0 when a side is empty or all samples coincide."
+    source, target = at_least_float32(source, target)
     require(source.ndim == target.ndim == 2 and source.shape[1] == target.shape[1], f"mmd2: shapes {tuple(source.shape)} and {tuple(target.shape)}; [n, D] and [m, D] are needed")
     require(kernels >= 1 and (bandwidth is None or bandwidth > 0), f"mmd2: kernels is {kernels}, bandwidth is {bandwidth}; at least 1 and more than 0 are needed")
     n, m = len(source), len(target)
     if not (n and m):
-        return (source.sum() + target.sum()).float() * 0
+        return (source.sum() + target.sum()) * 0
     with torch.autocast(source.device.type, enabled=False):
-        d = _pair_sqdist(torch.cat([source.float(), target.float()]))
+        d = _pair_sqdist(torch.cat([source, target]))
         b = d.detach().sum() / ((n + m) * (n + m - 1)) if bandwidth is None else d.new_tensor(bandwidth)
-        scales = (b / factor ** (kernels // 2)).clamp(min=1e-12) * factor ** torch.arange(kernels, device=d.device)
+        scales = (b / factor ** (kernels // 2)).clamp(min=1e-12) * factor ** torch.arange(kernels, device=d.device, dtype=d.dtype)
         k = torch.exp(-d / scales[:, None, None]).sum(0)
     return k[:n, :n].mean() + k[n:, n:].mean() - k[:n, n:].mean() - k[n:, :n].mean()

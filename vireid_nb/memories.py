@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .records import Modality, as_numpy, at_hand, on_device, require
+from .records import Modality, as_numpy, at_hand, at_least_float32, on_device, require
 
 # %% ../nbs/40_memories.ipynb #27c50569
 def _checked(
     emb,  # [B, D] tensor or array
     labels,  # [B] ints; on the host, or else they are fetched
     n_clusters: int,  # labels must lie in -1 .. n_clusters - 1
-) -> tuple:  # (float32 [B, D] tensor, int64 [B] array on the host)
+) -> tuple:  # ([B, D] tensor of float32, or of float64 where that is given, int64 [B] array on the host)
     "Embeddings and labels in one form; raises `VireidError` on unequal lengths, labels out of range and, on a CPU, NaN or infinity."
-    emb, labels = torch.as_tensor(emb).float(), as_numpy(labels, np.int64)
+    emb, labels = at_least_float32(emb), as_numpy(labels, np.int64)
     require(emb.ndim == 2 and labels.shape == emb.shape[:1], f"memory: embeddings {tuple(emb.shape)} with labels {tuple(labels.shape)}; [B, D] and [B] are needed")
     require(not at_hand(emb) or emb.isfinite().all(), "memory: an embedding holds NaN or infinity; lower the learning rate, or look at the images of this batch")
     fits = not len(labels) or (labels.min() >= -1 and labels.max() < n_clusters)
@@ -41,7 +41,7 @@ def cluster_means(
     features,  # [N, D] tensor or array
     labels,  # [N] ints, -1 = noise
     n_clusters: int | None = None,  # K; None: the largest label + 1
-) -> torch.Tensor:  # [K, D] float32, unit rows
+) -> torch.Tensor:  # [K, D] float32 (float64 of float64), unit rows
     "Normalised mean of every cluster; raises `VireidError` when a label below K has no sample."
     k = int(as_numpy(labels).max(initial=-1)) + 1 if n_clusters is None else n_clusters
     means, counts = _means(*_checked(features, labels, k), k)
@@ -59,7 +59,7 @@ def joint_means(
     features,  # [N, D] of both modalities
     labels,  # [N] joint labels, -1 = noise
     modality,  # [N] values of `Modality`
-) -> torch.Tensor:  # [K, D] float32, unit rows
+) -> torch.Tensor:  # [K, D] float32 (float64 of float64), unit rows
     "Normalised mean of the two modality means of every joint cluster, or of the one that exists; raises `VireidError` like `cluster_means`."
     k = int(as_numpy(labels).max(initial=-1)) + 1
     features, labels = _checked(features, labels, k)
@@ -79,7 +79,7 @@ def cluster_nce(
     "Softmax contrast of every embedding against all memory entries; an empty or all-noise batch gives 0."
     require(reduction in ("mean", "none"), f"cluster_nce: reduction is {reduction!r}; 'mean' or 'none' is needed")
     emb, labels = _checked(emb, labels, len(centers))
-    labels = on_device(labels, emb.device)
+    (emb, centers), labels = at_least_float32(emb, centers), on_device(labels, emb.device)
     with torch.autocast(emb.device.type, enabled=False):
         similarity = F.normalize(emb, dim=1) @ centers.T
         losses = F.cross_entropy(similarity / temperature, labels, ignore_index=-1, reduction="none") if len(centers) else emb.sum(1) * 0
@@ -114,6 +114,7 @@ def updated_memory(
     put = lambda x: on_device(x, emb.device)
     kept = np.flatnonzero(labels >= 0)
     emb, labels = F.normalize(emb[put(kept)], dim=1), labels[kept]
+    emb, centers = at_least_float32(emb, centers)
     out, own, order = centers.clone(), put(labels), np.arange(len(labels))
     if rule == "hard":
         order = (emb * (centers if by is None else by)[own]).sum(1).argsort(stable=True)

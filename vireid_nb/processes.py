@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .records import VireidError, log, require
+from .records import VireidError, at_least_float32, log, require
 
 # %% ../nbs/02_processes.ipynb #5c4c40e7
 def world() -> int:
@@ -175,16 +175,12 @@ def _channels(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:  # values 
     return values.view(-1, *[1] * (x.ndim - 2))
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:  # bfloat16 and float16 -> float32
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class _WholeBatchNorm(torch.autograd.Function):
     "Batch norm over the pictures of all processes: (output, mean, biased variance, values a channel)."
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        value, over = _wide(x), [d for d in range(x.ndim) if d != 1]
+        value, over = at_least_float32(x), [d for d in range(x.ndim) if d != 1]
         sums = total(torch.cat([value.sum(over), value.new_tensor([value[:, 0].numel()])]))
         n, mean = sums[-1], sums[:-1] / sums[-1]
         away = value - _channels(x, mean)
@@ -197,8 +193,8 @@ class _WholeBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         x, weight, mean, scale, n = ctx.saved_tensors
-        over, g = [d for d in range(x.ndim) if d != 1], _wide(grad)
-        unit = (_wide(x) - _channels(x, mean)) * _channels(x, scale)
+        over, g = [d for d in range(x.ndim) if d != 1], at_least_float32(grad)
+        unit = (at_least_float32(x) - _channels(x, mean)) * _channels(x, scale)
         own = torch.stack([g.sum(over), (g * unit).sum(over)])  # this process's part of the gradients of bias and weight
         of_all = total(own) / n
         gx = (g - _channels(x, of_all[0]) - unit * _channels(x, of_all[1])) * _channels(x, scale * weight)

@@ -11,7 +11,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from .losses import mmd2
-from .records import as_numpy, derive_seed, log, on_device, require
+from .records import as_numpy, at_least_float32, derive_seed, log, on_device, require
 
 # %% ../nbs/44_sca.ipynb #32d1c45c
 def loss_mixture(
@@ -57,11 +57,11 @@ def weighted_centers(
     labels,  # [N] ints, -1 = noise
     weights,  # [N] confidences, >= 0
     n_clusters: int | None = None,  # K; None: the largest label + 1
-) -> torch.Tensor:  # [K, D] float32, not normalised, without graph
+) -> torch.Tensor:  # [K, D] float32 (float64 of float64), not normalised, without graph
     "Confidence-weighted mean of every cluster (MMM, SCA); 0 for a label without samples. Raises `VireidError` on unequal lengths."
-    features = torch.as_tensor(features).float()
+    features = at_least_float32(features)
     labels = torch.as_tensor(labels, device=features.device).long()
-    weights = torch.as_tensor(weights, device=features.device).float()
+    weights = torch.as_tensor(weights, device=features.device, dtype=features.dtype)
     shapes = [tuple(x.shape) for x in (features, labels, weights)]
     require(shapes[1] == shapes[2] == shapes[0][:1], f"weighted_centers: features, labels and weights of shapes {shapes}; one of each a sample is needed")
     k = int(labels.max()) + 1 if n_clusters is None and len(labels) else n_clusters or 0
@@ -82,14 +82,15 @@ def intra_alignment(
 ) -> torch.Tensor:  # scalar
     "Confidence-weighted distance of samples to their cluster's centre, mean over labelled samples (MMM, intra-modality SCA); 0 with graph when there are none."
     require(norm in ("l1", "l2"), f"intra_alignment: norm is {norm!r}; 'l2' or 'l1' is needed")
-    emb, labels = torch.as_tensor(emb).float(), as_numpy(labels, np.int64)
+    emb, labels = at_least_float32(emb), as_numpy(labels, np.int64)
     known = np.flatnonzero(labels >= 0)
     if not len(known):
         return emb.sum() * 0
     rows, own, weights, centers = (on_device(x, emb.device) for x in (known, labels[known], weights, centers))
-    away = emb[rows] - centers.float().detach()[own]
+    emb, centers = at_least_float32(emb, centers.detach())
+    away = emb[rows] - centers[own]
     distance = away.square().sum(1) if norm == "l2" else away.abs().mean(1)
-    return (weights.float().detach()[rows] * distance).mean()
+    return (weights.to(emb.dtype).detach()[rows] * distance).mean()
 
 # %% ../nbs/44_sca.ipynb #f3b3ba7f
 def inter_alignment(
@@ -99,7 +100,7 @@ def inter_alignment(
     labels_infrared,  # [Br]
 ) -> torch.Tensor:  # scalar
     "MMD² between the modalities inside each shared cluster, mean over these, half its gradient to either side (MMM, inter-modality SCA); 0 with graph when no cluster is shared."
-    v, r = torch.as_tensor(emb_visible).float(), torch.as_tensor(emb_infrared).float()
+    v, r = at_least_float32(emb_visible, emb_infrared)
     yv, yr = as_numpy(labels_visible, np.int64), as_numpy(labels_infrared, np.int64)
     shared = np.intersect1d(yv[yv >= 0], yr)
     if not len(shared):

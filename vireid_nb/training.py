@@ -29,7 +29,7 @@ from .evaluation import evaluate_trials, pseudo_label_scores
 from .features import extract
 from .processes import everywhere, gather_rows, main, share, whole_batch, whole_batch_norm, world
 from .projection import neighbour_mixing
-from .records import FeatureBank, Modality, PseudoLabels, log, on_device, recover, require, seeded, seeded_torch
+from .records import FeatureBank, Modality, PseudoLabels, at_least_float32, log, on_device, recover, require, seeded, seeded_torch
 from .sampling import intra_batches, joint_batches
 from .transforms import AugmentConfig, ImageStore, batches_ahead, infrared_view, visible_views
 
@@ -135,7 +135,7 @@ class Batch(NamedTuple):
 
 
 class Embeddings(NamedTuple):
-    "What the network made of a batch, with graph: float32, not normalised."
+    "What the network made of a batch, with graph: float32 (float64 of a network in double), not normalised."
     visible: torch.Tensor  # [2 * B_v, D] plain views, then channel-augmented views
     infrared: torch.Tensor  # [B_r, D]
 
@@ -223,8 +223,12 @@ class Learner:
     def embed(self, batch: Batch, pooled: bool = False):  # -> Embeddings; with `pooled` (those, the same before the neck)
         "The whole batch's embeddings; see `forward`."
         n = 2 * len(batch.visible)
-        out = [Embeddings(x[:n].float(), x[n:].float()) for x in forward(self, batch, pooled)]
+        out = [Embeddings(*at_least_float32(x[:n], x[n:])) for x in forward(self, batch, pooled)]
         return tuple(out) if pooled else out[0]
+
+    def features(self, bank: FeatureBank) -> torch.Tensor:  # [N, D] on the host
+        "A bank's features in the type of the embeddings that will meet them: float32, or float64 of a network in double."
+        return torch.as_tensor(bank.features, dtype=torch.promote_types(next(self.model.parameters()).dtype, torch.float32))
 
     def sampler(self, name: str, epoch: int) -> np.random.Generator:
         "Random numbers for choosing a batch's samples."
