@@ -239,10 +239,13 @@ def test_the_losses_table_in_weights():
     assert [h.phase2 for h in got] == ["none", "none", "cluster", "both"]
 
 
-@pytest.mark.parametrize("reading,averaging", [("all", "flat"), ("sampled", "nested")])
-def test_readings_and_averagings_train(sysu_root, tmp_path, reading, averaging):
+LETTER = dict(among="batch", weighing="sum", joint_start="samples")
+
+
+@pytest.mark.parametrize("reading,averaging,more", [("all", "flat", {}), ("sampled", "nested", {}), ("pooled", "nested", LETTER)])
+def test_readings_and_averagings_train(sysu_root, tmp_path, reading, averaging, more):
     config = small(sysu_root, tmp_path, cluster={"averaging": averaging}, intra_epochs=0, joint_epochs=1, eval_every=0)
-    run = train(replace(config, hmcl=replace(config.hmcl, reading=reading, outliers=True, normalise=False)))
+    run = train(replace(config, hmcl=replace(config.hmcl, reading=reading, outliers=True, normalise=False, **more)))
     assert run.metrics("train")["loss.joint_instance"].notna().all() and run.labels(0).info["averaging"] == averaging
 
 

@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/vireid_nb', 'doc_host': ''
                                 'vireid_nb.dmic.DmicConfig': ('dmic.html#dmicconfig', 'vireid_nb/dmic.py'),
                                 'vireid_nb.dmic.DmicConfig.make_method': ('dmic.html#dmicconfig.make_method', 'vireid_nb/dmic.py'),
                                 'vireid_nb.dmic.HmclConfig': ('dmic.html#hmclconfig', 'vireid_nb/dmic.py'),
+                                'vireid_nb.dmic.HmclConfig.share': ('dmic.html#hmclconfig.share', 'vireid_nb/dmic.py'),
                                 'vireid_nb.dmic.HmclConfig.weights': ('dmic.html#hmclconfig.weights', 'vireid_nb/dmic.py'),
                                 'vireid_nb.dmic.dmic_preset': ('dmic.html#dmic_preset', 'vireid_nb/dmic.py'),
                                 'vireid_nb.dmic.hybrid_memories': ('dmic.html#hybrid_memories', 'vireid_nb/dmic.py'),

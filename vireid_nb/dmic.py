@@ -43,7 +43,10 @@ class HmclConfig:
     instance: float = 0.1  # weight of the instance level
     phase1: Levels = "both"  # levels of the first phase
     phase2: Literal[Levels, "none"] = "both"  # levels of the second phase; none = it goes on like the first, without joint memories
-    reading: Literal["all", "sampled"] = "all"  # instance entries: one a sample, or one a cluster
+    reading: Literal["all", "pooled", "sampled"] = "all"  # instance entries: one a sample, each or together the positive; or one a cluster
+    among: Literal["all", "batch"] = "all"  # instance entries a picture is compared with: every sample's, or those of the batch it came in
+    weighing: Literal["mean", "sum"] = "mean"  # terms of visible, infrared and joint: means (1 : 1 : 1), or the equations' sums over views (2 : 1 : 3)
+    joint_start: Literal["modalities", "samples"] = "modalities"  # of a joint cluster's entry: mean of the modalities' means, or of all samples
     normalise: bool = True  # overwritten entries stay unit vectors
     outliers: bool = False  # samples without a cluster have an instance entry, too
 
@@ -51,6 +54,10 @@ class HmclConfig:
         "The levels that take part in a stage."
         chosen = self.phase2 if stage == "joint" and self.phase2 != "none" else self.phase1
         return {k: getattr(self, k) for k in LEVELS if chosen in ("both", k)}
+
+    def share(self, memory: str) -> int:  # "visible", "infrared" or "joint"
+        "How often a term counts: its views of a picture, where the equations' sums are followed."
+        return {"visible": 2, "infrared": 1, "joint": 3}[memory] if self.weighing == "sum" else 1
 
 # %% ../nbs/68_dmic.ipynb #dca33cf8
 @dataclass
@@ -77,7 +84,7 @@ def hybrid_memories(
 ) -> dict:  # {name: HybridMemory}, for each clustering that has a cluster
     "DMIC's memories of an epoch (HMCL): start at means and samples."
     out, config, hmcl = {}, learner.config, learner.config.hmcl
-    how = dict(temperature=config.temperature, momentum=config.momentum, normalise=hmcl.normalise)
+    how = dict(temperature=config.temperature, momentum=config.momentum, normalise=hmcl.normalise, reading=hmcl.reading, among=hmcl.among, start=hmcl.joint_start)
     for name, y in labels.items():
         if not n_clusters(y):
             log.warning("epoch %d: no %s cluster, so nothing learns from it; widen dnc.eps_low (without DNC: cluster.eps), or lower cluster.min_samples", epoch + 1, name)
@@ -85,7 +92,7 @@ def hybrid_memories(
         among = np.isin(bank.modality, [m for m in Modality if name in (m.title, "joint")])
         outliers = torch.from_numpy(among) if hmcl.outliers else None
         generator = seeded_torch(config.seed, "instances", name, epoch)
-        out[name] = HybridMemory(learner.features(bank), y, bank.modality, generator, levels=levels, reading=hmcl.reading, outliers=outliers, **how).to(learner.engine.device)
+        out[name] = HybridMemory(learner.features(bank), y, bank.modality, generator, levels=levels, outliers=outliers, **how).to(learner.engine.device)
     return out
 
 
@@ -98,12 +105,12 @@ def hybrid_steps(
     stream: str,  # names the random numbers
 ) -> Iterator[dict]:
     "One step a batch: embed, ask the memories, and after the step overwrite their entries at random (DMIC, HMCL)."
-    generator = seeded_torch(learner.config.seed, "overwrite", stream, epoch)
+    generator, share = seeded_torch(learner.config.seed, "overwrite", stream, epoch), learner.config.hmcl.share
     for batch in learner.batches(pairs, epoch, stream):
         emb = learner.embed(batch)
         visible, infrared = (emb.visible, np.tile(batch.visible, 2)), (emb.infrared, batch.infrared)
         asked = {"visible": visible, "infrared": infrared, "joint": (torch.cat([emb.visible, emb.infrared]), np.concatenate([visible[1], infrared[1]]))}
-        yield {f"{name}_{level}": weights[level] * loss for name, memory in memories.items() for level, loss in memory.losses(*asked[name]).items()}
+        yield {f"{name}_{level}": share(name) * weights[level] * loss for name, memory in memories.items() for level, loss in memory.losses(*asked[name]).items()}
         for name, memory in memories.items():
             memory.update(*asked[name], generator)
 
@@ -157,6 +164,14 @@ ABLATIONS = {  # name of the table -> {row: {dotted key of the configuration: va
         "DNC": _PLAIN,
         "MIE": _FIXED,
         "MIE + DNC": {},
+    },
+    "readings": {
+        "all": {"hmcl.reading": "all"},
+        "all, sums": {"hmcl.reading": "all", "hmcl.weighing": "sum"},
+        "sampled": {"hmcl.reading": "sampled"},
+        "pooled": {"hmcl.reading": "pooled"},
+        "pooled, sums": {"hmcl.reading": "pooled", "hmcl.weighing": "sum"},
+        "pooled, to the letter": {"hmcl.reading": "pooled", "hmcl.weighing": "sum", "hmcl.among": "batch", "hmcl.joint_start": "samples"},
     },
 }
 
