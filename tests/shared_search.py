@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vireid_nb._search_kernels import View, _search
 from vireid_nb.clustering import ClusterConfig, cross_modality_clustering
-from vireid_nb.neighbors import _search, knn, modality_knn
+from vireid_nb.neighbors import knn, modality_knn
 from vireid_nb.processes import rank, start, world
 from vireid_nb.synthetic import make_vi_features
 
@@ -22,7 +23,7 @@ for backend in ("torch", "faiss"):
     views = (modality_knn(bank.features, bank.modality, 15, 25, backend=backend, shared=shared) for shared in (True, False))
     same[f"modalities, {backend}"] = all(np.array_equal(a, b) for one, other in zip(*views) for a, b in zip(one, other))
 x = torch.from_numpy(bank.features)  # the way of an accelerator, through torch on the CPU
-views = [(0, len(x), slice(0, 2), (0, len(x)), 20, np.arange(len(x))), (0, 2400, slice(0, 1), (0, 2400), 20, np.arange(len(x)))]
+views = [View(0, len(x), slice(0, 2), (0, len(x)), 20, np.arange(len(x))), View(0, 2400, slice(0, 1), (0, 2400), 20, np.arange(len(x)))]
 together, alone = (_search(x, [2400, len(x)], views, shared=shared) for shared in (True, False))
 same["tensors"] = all(torch.equal(a, b) for one, other in zip(together, alone) for a, b in zip(one, other))
 for backend in ("pivots", "faiss-ivf"):

@@ -15,11 +15,12 @@ from scipy.sparse import csr_array
 from sklearn.cluster import DBSCAN
 
 import vireid_nb
+from vireid_nb.chunks import Lists, exact_dot
 from vireid_nb.clustering import ClusterConfig, cross_modality_clustering, dbscan, modality_graphs
 from vireid_nb.features import load_bank
 from vireid_nb.jaccard import averaging_matrix, code_distances, expand_codes, jaccard_distance, neighbour_codes, to_dense
 from vireid_nb.matching import match_labels
-from vireid_nb.neighbors import exact_dot, knn, modality_knn
+from vireid_nb.neighbors import knn, modality_knn
 from vireid_nb.records import FeatureBank, VireidError
 from vireid_nb.synthetic import make_vi_features, write_dataset
 
@@ -233,15 +234,15 @@ def test_hundreds_of_copies_and_near_copies(noise):
 
 
 def test_what_copies_cost_does_not_grow_with_their_number(monkeypatch):
-    from vireid_nb import neighbors
+    from vireid_nb import _search_kernels as kernels
 
-    compared, chunks = [], neighbors.in_chunks
+    compared, chunks = [], kernels.in_chunks
 
     def counting(kernel, n, *args, **more):
-        compared.append(n if kernel is neighbors._among_all else 0)
+        compared.append(n if kernel is kernels._among_all else 0)
         return chunks(kernel, n, *args, **more)
 
-    monkeypatch.setattr(neighbors, "in_chunks", counting)
+    monkeypatch.setattr(kernels, "in_chunks", counting)
     x = unit(np.random.default_rng(0).normal(size=(600, 16)))
     x[100:400] = x[0]
     knn(x, 10)
@@ -317,7 +318,7 @@ def test_every_kernel_has_run(tmp_path):
     join = next(f for n, f in kernels().items() if n.endswith("._join"))  # otherwise only several processes call it
     ours, theirs = (np.array([[3, 2, 1]], np.float32) + shift for shift in (0, 0.5))
     ids = np.array([[4, 5, 6]], np.int32)
-    join(0, 1, theirs, ids + 10, ours, ids)
+    join(0, 1, Lists(theirs, ids + 10), Lists(ours, ids))
     assert ids.tolist() == [[14, 4, 15]]
     inlined = {n for n, f in kernels().items() if f.targetoptions.get("inline") == "always"}
     idle = [n for n, f in kernels().items() if not f.signatures and n not in inlined]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
-from vireid_nb import matching
+from vireid_nb import _matching_kernels, matching
 from vireid_nb.matching import MatchReport, match_clusters, match_labels, match_report, matching_cost, pairs_agree, pairs_right, sub_memories
 from vireid_nb.records import PseudoLabels, VireidError
 from vireid_nb.synthetic import make_vi_features
@@ -138,7 +138,7 @@ def test_a_cluster_does_not_depend_on_the_others_or_on_the_block(monkeypatch):
     centers, mask = sub_memories(x, y)
     fewer, _ = sub_memories(x, np.where(y < 5, y, -1))
     assert np.abs(spread(fewer) / spread(centers)[:5] - 1).max() < 0.01  # equal but for rounding, and for the order of the memories
-    monkeypatch.setattr(matching, "BLOCK", 1)
+    monkeypatch.setattr(_matching_kernels, "BLOCK", 1)
     alone, alone_mask = sub_memories(x, y)
     assert np.abs(spread(alone) / spread(centers) - 1).max() < 0.01 and (alone_mask == mask).all()
 
@@ -195,11 +195,12 @@ def some_memories(rng, k, n, dim):
 def test_cost_is_the_definition(kv, ki, n, dim, seed, tiny_blocks):
     rng = np.random.default_rng(seed)
     v, r = some_memories(rng, kv, n, dim), some_memories(rng, ki, n, dim)
-    before, matching.BLOCK = matching.BLOCK, 1 if tiny_blocks else matching.BLOCK
+    before = matching.BLOCK
+    matching.BLOCK = _matching_kernels.BLOCK = 1 if tiny_blocks else before
     try:
         paper, released = matching_cost(v, r), matching_cost(v, r, reading="released")
     finally:
-        matching.BLOCK = before
+        matching.BLOCK = _matching_kernels.BLOCK = before
     assert np.abs(paper - cost_naive(v, r)).max() < 1e-5 and np.abs(released - cost_naive(r, v).T).max() < 1e-5
 
 

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from sklearn.cluster import DBSCAN
 
-from vireid_nb import jaccard, neighbors
+from vireid_nb import _jaccard_kernels, _search_kernels
+from vireid_nb._jaccard_kernels import _as_csr, _by_columns, _choose, _encode_device, _expand_device, _near_pairs_device
+from vireid_nb._search_kernels import View, _search
+from vireid_nb.chunks import Csc
 from vireid_nb.clustering import CLUSTER_PRESETS, ClusterConfig, cap_for, cross_modality_clustering, dbscan, modality_graphs
-from vireid_nb.jaccard import averaging_matrix, jaccard_distance, neighbour_codes, to_dense
+from vireid_nb.jaccard import averaging_matrix, code_distances, expand_codes, jaccard_distance, neighbour_codes, to_dense
 from vireid_nb.neighbors import knn, modality_knn
 from vireid_nb.records import FeatureBank, VireidError
 from vireid_nb.synthetic import make_vi_features
@@ -78,11 +81,11 @@ def test_one_camera_a_modality_nested_equals_modality():
 
 
 def device_distance(x, ranks, k2, groups=None, cap=1.0, averaging="nested"):
-    code = jaccard._codes_device(torch.as_tensor(x), torch.as_tensor(ranks))
+    code = _encode_device(torch.as_tensor(x), torch.as_tensor(ranks))
     if k2 > 1:
         A = averaging_matrix(ranks, k2, groups, averaging)
-        code = jaccard._expand_device(code, torch.as_tensor(ranks[:, :k2]), torch.as_tensor(A.data.reshape(len(ranks), -1)))
-    return jaccard._distances_device(code, cap)
+        code = _expand_device(code, torch.as_tensor(ranks[:, :k2]), torch.as_tensor(A.data.reshape(len(ranks), -1)))
+    return _near_pairs_device(code, cap)
 
 
 # ---- neighbours
@@ -108,9 +111,9 @@ def test_knn_equals_the_oracle_with_ties_and_copies(n, d, levels, seed, k):
         assert (ranks == expected).all()
         assert (sqdist == ((x[:, None] - x[expected]) ** 2).sum(-1)).all()
         assert ranks.dtype == np.int64 and sqdist.dtype == np.float32
-    view = (0, n, slice(0, 1), (0, n), k, np.arange(n))
+    view = View(0, n, slice(0, 1), (0, n), k, np.arange(n))
     xt = torch.from_numpy(x)
-    ((ranks, sqdist),) = neighbors._search(xt, [n], [view])
+    ((ranks, sqdist),) = _search(xt, [n], [view])
     assert (ranks.numpy() == expected).all()
 
 
@@ -124,7 +127,7 @@ def test_modality_knn_is_three_searches(n, seed, k, joint_k, ties):
     for (ranks, sqdist), rows in ((visible, modality == 0), (infrared, modality == 1), (joint, modality >= 0)):
         alone = knn(x[rows], joint_k if rows.all() else k)
         assert (ranks == alone[0]).all() and (sqdist == alone[1]).all()
-    on_device = neighbors._search(torch.from_numpy(x), [n], [(0, n, slice(0, 1), (0, n), min(joint_k, n), np.arange(n))])
+    on_device = _search(torch.from_numpy(x), [n], [View(0, n, slice(0, 1), (0, n), min(joint_k, n), np.arange(n))])
     assert (on_device[0][0].numpy() == joint[0]).all()
 
 
@@ -154,7 +157,7 @@ def test_bits_do_not_depend_on_threads_or_tiles(monkeypatch):
         for threads in {1, 2, before}:
             torch.set_num_threads(threads)
             for tile in (2048, 256, 100):
-                monkeypatch.setattr(neighbors, "TILE", tile)
+                monkeypatch.setattr(_search_kernels, "TILE", tile)
                 assert all(a.tobytes() == b.tobytes() for a, b in zip(everything(), reference))
     finally:
         torch.set_num_threads(before)
@@ -256,11 +259,11 @@ def test_codes_use_dot_products_of_features_as_given():
 def test_full_columns_change_no_bit(monkeypatch):
     x = unit(np.random.default_rng(7), 400, 300) + np.float32(0.2)
     ranks, sqdist = knn(x, 30)
-    V = jaccard.expand_codes(neighbour_codes(x, ranks, sqdist), averaging_matrix(ranks, 20))
-    reference = jaccard.code_distances(V, 1.0)
-    none = lambda colptr, rows, vals: (np.full(400, -1, np.int32), np.zeros((0, 400), np.float32))
-    monkeypatch.setattr(jaccard, "_full_columns", none)
-    sparse = jaccard.code_distances(V, 1.0)
+    V = expand_codes(neighbour_codes(x, ranks, sqdist), averaging_matrix(ranks, 20))
+    reference = code_distances(V, 1.0)
+    none = lambda columns: (np.full(400, -1, np.int32), np.zeros((0, 400), np.float32))
+    monkeypatch.setattr(_jaccard_kernels, "_full_columns", none)
+    sparse = code_distances(V, 1.0)
     assert reference.data.tobytes() == sparse.data.tobytes() and (reference.indices == sparse.indices).all()
 
 
@@ -360,12 +363,13 @@ def test_presets_are_the_published_values():
 def test_entries_that_wait_change_no_bit(k1, k2, near):
     x = unit(np.random.default_rng(5), 600, 64)
     ranks, sqdist = knn(x, k1)
-    V = jaccard.expand_codes(jaccard.neighbour_codes(x, ranks, sqdist), jaccard.averaging_matrix(ranks, k2))
-    colptr, _, _, place = jaccard._by_columns(V.indptr, V.indices, V.data)
+    V = expand_codes(neighbour_codes(x, ranks, sqdist), averaging_matrix(ranks, k2))
+    rows = _as_csr(V)
+    columns = Csc(*_by_columns(rows))
     waits, enough = np.zeros(600, bool), np.float32(2 * 0.4 / 1.4)
-    waiting = [jaccard._choose(V.indptr[i], V.indptr[i + 1], V.indices, V.data, place, colptr, enough, waits)[0] for i in range(600)]
+    waiting = [_choose(i, rows, columns, enough, waits)[0] for i in range(600)]
     assert (np.array(waiting) > 0).sum() > 50 and max(waiting) < enough
-    some, every = jaccard.code_distances(V, 0.6), jaccard.code_distances(V, 1.0)  # where nothing may wait
+    some, every = code_distances(V, 0.6), code_distances(V, 1.0)  # where nothing may wait
     below = every.data < np.float32(0.6)
     assert np.array_equal(some.indices, every.indices[below]) and np.array_equal(some.data, every.data[below])
     assert (some.nnz > 100_000) == near and some.nnz > 600

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from vireid_nb import neighbors
+from vireid_nb import _search_kernels as kernels
 from vireid_nb.clustering import ClusterConfig, cross_modality_clustering
 from vireid_nb.jaccard import jaccard_distance, to_dense
 from vireid_nb.neighbors import BACKENDS, knn, modality_knn, search_recall
@@ -52,13 +52,13 @@ def test_recall_by_blocks_equals_recall_at_once(bank, backend):
 
 def test_friends_probes_and_turns_each_raise_recall(monkeypatch):
     x = make_vi_features(800, 15, 10, dim=64, seed=2)[0].features
-    monkeypatch.setattr(neighbors, "PROBES", 1)
+    monkeypatch.setattr(kernels, "PROBES", 1)
     found = {}
     for turns, friends in [(1, False), (3, False), (3, True)]:
         with monkeypatch.context() as m:
-            m.setattr(neighbors, "TURNS", turns)
+            m.setattr(kernels, "TURNS", turns)
             if not friends:
-                m.setattr(neighbors, "_befriended", lambda x, ends, score, ids, rows, shared: (score, ids))
+                m.setattr(kernels, "_befriended", lambda points, ends, lists, rows, shared: lists)
             found[turns, friends] = search_recall(x, knn(x, 15, backend="pivots")[0], samples=1000)
     monkeypatch.undo()
     whole = search_recall(x, knn(x, 15, backend="pivots")[0], samples=1000)
@@ -68,16 +68,16 @@ def test_friends_probes_and_turns_each_raise_recall(monkeypatch):
 def test_copies_of_one_picture_do_not_make_all_pairs(monkeypatch):
     rng = np.random.default_rng(0)
     x = np.concatenate([np.repeat(rng.normal(size=(1, 16)), 12000, 0), rng.normal(size=(3000, 16))]).astype(np.float32)
-    compared, chunks = [], neighbors.in_chunks
+    compared, chunks = [], kernels.in_chunks
 
     def counting(kernel, n, *args, **more):
-        if kernel is neighbors._scan_cell:
+        if kernel is kernels._scan_cell:
             compared.append(args[0].size)
         return chunks(kernel, n, *args, **more)
 
-    monkeypatch.setattr(neighbors, "in_chunks", counting)
+    monkeypatch.setattr(kernels, "in_chunks", counting)
     ranks, sqdist = knn(x, 10, backend="pivots")
-    assert 0 < sum(compared) / 2 < neighbors.TURNS * 12000**2 / 4  # each tile is looked at from both sides
+    assert 0 < sum(compared) / 2 < kernels.TURNS * 12000**2 / 4  # each tile is looked at from both sides
     assert (sqdist[:12000] == 0).all() and (ranks[:12000] < 12000).all()
 
 
@@ -99,7 +99,7 @@ def test_approximate_labels_are_nearly_those_of_the_exact_search(bank):
 
 
 def test_faiss_multiplies_with_the_kernels_that_numpy_chose():
-    ask = "from threadpoolctl import threadpool_info as t; from vireid_nb.neighbors import load_faiss; load_faiss(); import os; print({i['architecture'] for i in t() if i['internal_api'] == 'openblas'}, os.environ.get('OPENBLAS_CORETYPE'))"
+    ask = "import os; from threadpoolctl import threadpool_info as t; import vireid_nb._search_kernels as k; k.load_faiss(); print({i['architecture'] for i in t() if i['internal_api'] == 'openblas'}, os.environ.get('OPENBLAS_CORETYPE'))"
     env = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
     told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, env=env).stdout
     assert told.count("'") == 2 and told.endswith("None\n"), told  # one architecture for all, nothing left behind

@@ -35,6 +35,7 @@ from sklearn.cluster import DBSCAN, KMeans
 from sklearn.metrics import adjusted_rand_score
 from torchvision.transforms import v2
 
+from ._search_kernels import TILE, load_faiss
 from .backbone import BackboneConfig, build_backbone
 from .baseline import Baseline, baseline_preset
 from .catalog import load_catalog
@@ -46,7 +47,7 @@ from .hmcl import HybridMemory
 from .jaccard import averaging_matrix, code_distances, expand_codes, neighbour_codes
 from .matching import match_clusters, matching_cost, sub_memories
 from .memories import ClusterMemory, cluster_means, joint_means
-from .neighbors import TILE, knn, load_faiss, search_recall
+from .neighbors import knn, search_recall
 from .processes import everywhere, main, start, world
 from .records import FeatureBank, Modality, PseudoLabels, log, require, seeded, seeded_torch
 from .synthetic import make_vi_features, write_dataset

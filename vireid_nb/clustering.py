@@ -68,6 +68,7 @@ def dbscan(
     cap = getattr(distance, "max_distance", 1.0)
     require(np.float32(eps) < np.float32(cap), f"dbscan: eps {eps} is not below the graph's max_distance {cap:.4g}; build the graph with a larger max_distance")
     graph = distance.tocsr()
+    require(graph.shape[0] == graph.shape[1], f"dbscan: the distance has shape {graph.shape}; [N, N] is needed")
     return _flood(graph.indptr, graph.indices, graph.data, np.float32(eps), min_samples)
 
 # %% ../nbs/32_clustering.ipynb #ce284527
@@ -75,7 +76,7 @@ def dbscan(
 class ClusterConfig:
     "How an epoch clusters. Defaults: MMM on SYSU-MM01; `CLUSTER_PRESETS` holds the published values per data set and paper."
     k1: int = 30  # neighbours in a reciprocal set within a modality, itself included
-    k2: int = 6  # codes averaged within a modality (DMIC: 6 to 18 by its schedule)
+    k2: int = 6  # encodings averaged (query expansion) within a modality (DMIC: 6 to 18 by its schedule)
     eps: float = 0.6  # DBSCAN radius within a modality (RegDB: 0.3)
     joint_k1: int = 40  # as k1, for both modalities together (RegDB: 38)
     joint_k2: int = 32  # as k2, for both modalities together (RegDB: 18)
