@@ -22,7 +22,7 @@ from vireid_nb.records import FeatureBank, VireidError
 from vireid_nb.synthetic import make_vi_features
 
 GOLDEN = Path(__file__).parent / "golden"
-JACCARD = sorted(p.stem for p in GOLDEN.glob("[abc]_*.npz"))
+JACCARD = sorted(p.stem for p in GOLDEN.glob("[abc]_*jaccard*.npz"))
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 
