@@ -104,7 +104,8 @@ class EpochStore:
         with atomic_path(self.folder(epoch), keep_suffix=False) as tmp:
             tmp.mkdir(parents=True)
             arrays = {k: getattr(labels, k) for k in ("visible", "infrared", "joint", "modality", "matched")}
-            save_file({k: v for k, v in arrays.items() if v is not None}, tmp / "labels.safetensors")
+            arrays |= {f"space_{k}": y for k, y in labels.spaces.items()}
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}, tmp / "labels.safetensors")
             if bank is not None:
                 arrays = {"features": bank.features.astype(np.float16), "modality": bank.modality, "camid": bank.camid, "index": bank.index}
                 save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, tmp / "features.safetensors")
@@ -117,7 +118,9 @@ class EpochStore:
 
     def labels(self, epoch: int) -> PseudoLabels:
         "An epoch's labels; raises `VireidError` when they were not kept."
-        return PseudoLabels(info=self.epoch_info(epoch)["clustering"], **load_file(self.folder(epoch) / "labels.safetensors"))
+        info, arrays = self.epoch_info(epoch)["clustering"], load_file(self.folder(epoch) / "labels.safetensors")
+        spaces = {k.removeprefix("space_"): arrays.pop(k) for k in [*arrays] if k.startswith("space_")}
+        return PseudoLabels(info=info, spaces=spaces, **arrays)
 
     def features(self, epoch: int) -> FeatureBank:
         "An epoch's features (float16 on disk); raises `VireidError` when they were not kept."

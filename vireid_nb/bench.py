@@ -6,10 +6,10 @@
 __all__ = ['BANKS', 'FORMS', 'BENCHES', 'Measure', 'Figures', 'sysu_like_bank', 'diffuse_bank', 'reference_code',
            'reference_average', 'reference_distance', 'sampled_rows', 'dense_rows', 'reference_seconds', 'faiss_search',
            'half_product', 'search_figures', 'form_figures', 'bench_jaccard', 'three_labels', 'bench_epoch',
-           'bench_growth', 'labels_from', 'bench_million', 'reference_cost', 'bench_matching', 'bench_instance_loss',
-           'reference_scores', 'bench_evaluation', 'TrainingBench', 'our_steps', 'images_per_second', 'plain_views',
-           'plain_batch', 'plain_loss', 'plain_update', 'plain_steps', 'beside_the_network', 'bench_images_per_second',
-           'shared_work', 'bench_processes']
+           'bench_growth', 'labels_from', 'bench_million', 'reference_cost', 'bench_matching', 'bench_association',
+           'bench_instance_loss', 'reference_scores', 'bench_evaluation', 'TrainingBench', 'our_steps',
+           'images_per_second', 'plain_views', 'plain_batch', 'plain_loss', 'plain_update', 'plain_steps',
+           'beside_the_network', 'bench_images_per_second', 'shared_work', 'bench_processes']
 
 # %% ../nbs/78_bench.ipynb #85de90c8
 import gc
@@ -36,6 +36,7 @@ from sklearn.metrics import adjusted_rand_score
 from torchvision.transforms import v2
 
 from ._search_kernels import TILE, load_faiss
+from .association import CLUSTER_RULES, center_cost, cluster_relations, fused_features, mean_of, neighbour_relation, transport_relations, vote_table
 from .backbone import BackboneConfig, build_backbone
 from .baseline import Baseline, baseline_preset
 from .catalog import load_catalog
@@ -389,6 +390,24 @@ def bench_matching(n: int = 34167, dim: int = 2048, seed: int = 0, runs: int = 3
     figures.add("matching, whole", [whole], np.nan, "both references", slow + loops)
     return figures.table()
 
+# %% ../nbs/78_bench.ipynb #bbbbbd50
+def bench_association(n: int = 34167, dim: int = 2048, seed: int = 0, runs: int = 3) -> pd.DataFrame:
+    "Every rule that associates clusters (790 visible and 395 infrared ones at SYSU-MM01's size)."
+    bank, figures, k = sysu_like_bank(n, dim, seed), Figures(runs), max(2, round(n * 395 / 34167))
+    sides = (bank.visible.features, np.arange(len(bank.visible)) % (2 * k)), (bank.infrared.features, np.arange(len(bank.infrared)) % k)
+    labels = PseudoLabels(sides[0][1], sides[1][1], np.full(n, -1), bank.modality)
+    v, r = (torch.from_numpy(x) for x, _ in sides)
+    figures.time("bare product, visible x infrared samples", lambda: [rows @ r.T for rows in v.split(1024)] and None)
+    bare = figures.rows[-1]["seconds"]
+    cost = figures.time("cost of means", lambda: center_cost(*(mean_of(*side) for side in sides)))
+    for rule in CLUSTER_RULES:
+        figures.time(f"{rule} on the cost", lambda rule=rule: cluster_relations(cost, rule))
+    figures.time("votes of samples (ADCA)", lambda: vote_table(bank, labels), "the product", bare)
+    figures.time("neighbours' labels (GUR)", lambda: neighbour_relation(bank, labels), "the product", bare)
+    fused = figures.time("fused features (SALCR)", lambda: fused_features(bank), "products of all samples", bare * n**2 / (len(v) * len(r)))
+    figures.time("transport, both directions (SALCR)", lambda: transport_relations(fused, labels))
+    return figures.table()
+
 # %% ../nbs/78_bench.ipynb #ee00d709
 def bench_instance_loss(n: int = 34167, dim: int = 2048, seed: int = 0, runs: int = 3) -> pd.DataFrame:
     "One step of DMIC's joint instance loss on a batch of 3 x 64: loss, backward pass, overwriting; and building the memory."
@@ -670,6 +689,7 @@ BENCHES = {
     "growth": bench_growth,
     "million": bench_million,
     "matching": bench_matching,
+    "association": bench_association,
     "instance-loss": bench_instance_loss,
     "evaluation": bench_evaluation,
     "training": bench_images_per_second,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEVERAL', 'METHODS', 'SCORES', 'LABEL_SCORES', 'DEMO_DATA', 'DEMO_WORLD', 'COMMANDS', 'main', 'dispatch', 'synth',
-           'check_command', 'wanted_preset', 'train_commands', 'summary', 'stage_seconds', 'evaluate',
+           'check_command', 'method_parts', 'wanted_preset', 'train_commands', 'summary', 'stage_seconds', 'evaluate',
            'extract_command', 'cluster_command', 'bench_command', 'demo_data', 'demo_models', 'demo_row', 'demo_table',
            'demo', 'train_command']
 
@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,17 +25,16 @@ import pandas as pd
 import torch
 import tyro
 
-from . import baseline, dmic, mmm
 from .ablation import ablate_command, mean_spread
 from .artifacts import Run, versions
-from .baseline import BaselineConfig, baseline_preset
+from .baseline import PRESETS, baseline_preset, for_data
 from .bench import BENCHES
 from .catalog import FileTree, check, images, load_catalog
 from .clustering import ClusterConfig, cross_modality_clustering
-from .dmic import DmicConfig, dmic_preset
+from .dmic import dmic_preset
 from .engine import Engine, EngineConfig
 from .features import extract, load_bank, save_bank
-from .mmm import MmmConfig, mmm_preset
+from .mmm import mmm_preset
 from .processes import Elsewhere, rank
 from .records import Modality, VireidError, atomic_path, require
 from .report import report, report_command
@@ -112,13 +112,21 @@ def check_command(
     return 0 if report.ok else 2
 
 # %% ../nbs/80_cli.ipynb #77466024
-METHODS = {  # name -> configuration class, presets, their names, tables for `vireid ablate`
-    "baseline": (BaselineConfig, baseline_preset, baseline.PRESETS, baseline.ABLATIONS),
-    "mmm": (MmmConfig, mmm_preset, mmm.PRESETS, mmm.ABLATIONS),
-    "dmic": (DmicConfig, dmic_preset, baseline.PRESETS, dmic.ABLATIONS),
-}
+def method_parts(name: str) -> tuple:  # of a module here, or "package.module:Config"; -> (configuration class, presets, their names, tables for `vireid ablate`)
+    "What the command line needs of a method, found by its names: XConfig, and where they are there x_preset, PRESETS, ABLATIONS. Raises `VireidError` when module or class are not there."
+    where, _, cls = name.partition(":")
+    try:
+        module = import_module(where if cls else f"vireid_nb.{name}")
+        config = getattr(module, cls or f"{name.capitalize()}Config")
+    except (ImportError, AttributeError) as e:
+        raise VireidError(f"there is no method '{name}' ({e}); one of your own is named as package.module:Config, and must be importable from here") from e
+    preset = getattr(module, f"{where.split('.')[-1]}_preset", lambda data: for_data(config(), data))
+    return config, preset, getattr(module, "PRESETS", PRESETS), getattr(module, "ABLATIONS", {})
 
 
+METHODS = {name: method_parts(name) for name in ("baseline", "mmm", "dmic", "pgm", "adca", "gur", "pclhd", "salcr", "bmil")}
+
+# %% ../nbs/80_cli.ipynb #b4dc08c8
 def wanted_preset(argv: list) -> str:
     "--preset if given, otherwise --data.name, otherwise sysu."
     pairs = {a.split("=")[0]: a.split("=")[1] if "=" in a else b for a, b in zip(argv, [*argv[1:], ""])}
@@ -128,7 +136,8 @@ def wanted_preset(argv: list) -> str:
 def train_commands(argv: list) -> dict:  # {method: function for the command line}
     "A training command for every method; the one that `argv` names has its defaults from the preset that `argv` asks for."
     out = {}
-    for name, (cls, preset, known, _) in METHODS.items():
+    mine = {name: method_parts(name) for name in argv[1:2] if ":" in name}  # a method of one's own
+    for name, (cls, preset, known, _) in (METHODS | mine).items():
         default = preset(wanted_preset(argv)) if name in argv[1:2] else cls()  # others may not have that preset
 
         def command(config: Annotated[cls, tyro.conf.arg(name="")] = default, preset: str = wanted_preset(argv), resume: bool = False) -> int:

@@ -220,7 +220,8 @@ def load_checkpoint(folder, model: nn.Module, optimizer: torch.optim.Optimizer =
     try:
         held = json.loads((folder / "state.json").read_text())
         weights = load_file(folder / "model.safetensors")
-        extra = {} if hasattr(model, "classifier") else {k for k in weights if k.startswith("classifier.")}  # trained beside the network, no part of it
+        beside = tuple(f"{part}." for part in ("classifier", "averaged") if not hasattr(model, part))  # held beside the network, no part of it
+        extra = {k for k in weights if beside and k.startswith(beside)}
         model.load_state_dict({k: v for k, v in weights.items() if k not in extra})
         if optimizer is not None:
             unflatten_optimizer(optimizer, load_file(folder / "optimizer.safetensors"), held["optimizer"])

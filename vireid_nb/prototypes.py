@@ -13,7 +13,7 @@ from torch import nn
 
 from .hmcl import group_nce
 from .memories import cluster_nce, updated_memory
-from .records import as_numpy, on_device, require
+from .records import as_numpy, at_least_float32, on_device, require
 
 # %% ../nbs/47_prototypes.ipynb #1700ba20
 class PrototypeMemory(nn.Module):
@@ -33,7 +33,7 @@ class PrototypeMemory(nn.Module):
         super().__init__()
         require(tuple(kinds) in (("mean",), ("mean", "hard")), f"PrototypeMemory: kinds are {kinds}; ('mean',) or ('mean', 'hard') is needed")
         require(temperature > 0 and 0 <= momentum <= 1 and slack >= 0, f"PrototypeMemory: temperature {temperature}, momentum {momentum}, slack {slack}; more than 0, 0 to 1 and at least 0 are needed")
-        start = F.normalize(torch.as_tensor(means).detach().float(), dim=1)
+        start = F.normalize(at_least_float32(means).detach(), dim=1)
         for kind in kinds:
             self.register_buffer(kind, start.clone())
         self.register_buffer("owners", torch.arange(len(start)) if owners is None else torch.as_tensor(as_numpy(owners, np.int64)))
@@ -55,7 +55,7 @@ class PrototypeMemory(nn.Module):
         if "hard" in out and reduction == "mean":
             out["mean"] = (out["mean"] - self.slack).clamp(min=0)
         elif "hard" in out:
-            known = on_device((as_numpy(labels) >= 0).astype(np.float32), emb.device)
+            known = on_device(as_numpy(labels) >= 0, emb.device).to(out["mean"])
             pulls = out["mean"].sum() > self.slack * known.sum()
             out["mean"] = (out["mean"] - self.slack) * pulls * known
         return sum(out.values()) / len(out)
@@ -96,9 +96,9 @@ def set_nce(
     reduction: str = "mean",  # "mean" over the labelled samples -> scalar; "none" -> [B]
 ) -> torch.Tensor:
     "Softmax contrast by the hardest prototype of every cluster: least similar of the own, most similar of the others (PCLHD, dynamic prototypes)."
-    labels = on_device(as_numpy(labels, np.int64), emb.device)
+    (emb, prototypes), labels = at_least_float32(emb, prototypes), on_device(as_numpy(labels, np.int64), emb.device)
     with torch.autocast(emb.device.type, enabled=False):
-        similarity = (F.normalize(emb.float(), dim=1) @ prototypes.flatten(0, 1).T / temperature).unflatten(1, prototypes.shape[:2])
+        similarity = (F.normalize(emb, dim=1) @ prototypes.flatten(0, 1).T / temperature).unflatten(1, prototypes.shape[:2])
     own = labels[:, None] == torch.arange(len(prototypes), device=emb.device)
     hardest = torch.where(own, similarity.amin(2), similarity.amax(2))
     losses = F.cross_entropy(hardest, labels, ignore_index=-1, reduction="none")
@@ -110,7 +110,7 @@ class DrawnMemory(nn.Module):
 
     def __init__(self, prototypes, *, temperature: float = 0.05):  # prototypes: [K, n, D], normalised here
         super().__init__()
-        self.register_buffer("prototypes", F.normalize(torch.as_tensor(prototypes).detach().float(), dim=2))
+        self.register_buffer("prototypes", F.normalize(at_least_float32(prototypes).detach(), dim=2))
         self.temperature = temperature
 
     def __len__(self) -> int:
@@ -126,5 +126,5 @@ class DrawnMemory(nn.Module):
         present, y = np.unique((labels := as_numpy(labels))[labels >= 0], return_inverse=True)
         rows = np.flatnonzero(labels >= 0)
         if len(rows):
-            new = drawn_prototypes(F.normalize(emb.detach().float(), dim=1)[on_device(rows, emb.device)], y, self.prototypes.shape[1], generator=generator)
+            new = drawn_prototypes(F.normalize(at_least_float32(emb).detach(), dim=1)[on_device(rows, emb.device)], y, self.prototypes.shape[1], generator=generator)
             self.prototypes = self.prototypes.index_put((on_device(present, emb.device),), new)

@@ -206,10 +206,13 @@ class PseudoLabels:
     modality: np.ndarray  # [N] int64, of the whole bank
     info: dict = field(default_factory=dict)  # how they were made: k1, k2, eps, seconds, stated fallbacks; JSON-able
     matched: np.ndarray | None = None  # [N] int64, labels that cross-modality matching made common to both; None: no matching
+    spaces: dict = field(default_factory=dict)  # {"visible" | "infrared": [N] int64}: everybody's labels in that modality's numbering; empty: no association
 
     def __post_init__(self):
         for name in ("visible", "infrared", "joint", "modality", *(() if self.matched is None else ("matched",))):
             object.__setattr__(self, name, as_numpy(getattr(self, name), np.int64))
+        object.__setattr__(self, "spaces", {k: as_numpy(y, np.int64) for k, y in self.spaces.items()})
+        require(all(len(y) == len(self.modality) for y in self.spaces.values()), f"PseudoLabels: label spaces of {[len(y) for y in self.spaces.values()]} labels for {len(self.modality)} samples")
         n = [*((self.modality == m).sum() for m in Modality), len(self.modality), len(self.modality)]
         got = list(map(len, (self.visible, self.infrared, self.joint, self.shared)))
         require(n == got, f"PseudoLabels: {got} labels (visible, infrared, joint, shared) for {n} samples")

@@ -47,12 +47,13 @@ class DataConfig:
 @dataclass
 class BatchConfig:
     "What a training step sees."
-    n_ids: int = 8  # pseudo-identities in a batch
+    n_ids: int = 8  # pseudo-identities in a batch, of each modality
     n_instances: int = 16  # pictures of each, from each modality
     iterations: int = 200  # batches an epoch
     joint: Literal["apart", "paired"] = "apart"  # batches across modalities: each modality's clusters drawn apart (published), or the same clusters on both sides
     groups: int = 1  # parts of a batch that are normalised apart (batch norm); 1, or a multiple of the number of processes
     cut: Literal["identities", "views"] = "identities"  # a part holds a share of the identities; or, as published, a share of the views (of 2: plain + half of infrared, and the rest); then the first moves the running statistics
+    infrared_ids: int = 0  # infrared pseudo-identities in a batch within modalities; 0 = n_ids (PGM, ADCA, GUR: 16)
 
 
 @dataclass
@@ -277,14 +278,20 @@ def forward(learner: Learner, batch: Batch, pooled: bool) -> list:  # of [2 * B_
     return [whole_batch(torch.cat(x))[order] for x in wanted]
 
 # %% ../nbs/64_training.ipynb #4d8c253d
-def intra_pairs(learner: Learner, bank: FeatureBank, labels: PseudoLabels, epoch: int) -> list:  # [(visible, infrared)]
+def intra_pairs(
+    learner: Learner,
+    bank: FeatureBank,
+    labels: PseudoLabels,
+    epoch: int,
+    name: str = "intra",  # of the random numbers
+) -> list:  # [(visible, infrared)]
     "An epoch's batches for learning within each modality; empty when neither has a cluster."
     config, none, sides = learner.config.batch, np.empty(0, np.int64), []
     for m in Modality:
         rows = np.flatnonzero(bank.modality == m)
         drawn = intra_batches(
-            labels.intra[rows], bank.camid[rows], n_ids=config.n_ids, n_instances=config.n_instances,
-            n_batches=config.iterations, generator=learner.sampler(f"intra-{m.title}", epoch),
+            labels.intra[rows], bank.camid[rows], n_ids=(m and config.infrared_ids) or config.n_ids, n_instances=config.n_instances,
+            n_batches=config.iterations, generator=learner.sampler(f"{name}-{m.title}", epoch),
         )
         sides.append([rows[positions] for positions in drawn])
     n = max(map(len, sides))
@@ -449,7 +456,9 @@ def label_samples(session: Session, method: Method, epoch: int) -> tuple:  # (Fe
 
 def keep_labels(session: Session, bank: FeatureBank, labels: PseudoLabels, epoch: int) -> None:
     "Score the labels, and how far the modalities have mixed, and put them into the run folder."
-    config, scores = session.config, pseudo_label_scores(labels, session.catalog.train.pid.to_numpy())
+    config, pids = session.config, session.catalog.train.pid.to_numpy()
+    scores = pseudo_label_scores(labels, pids)
+    scores |= {f"ari_{name}_space": pseudo_label_scores(labels, pids, matched=y)["ari_all"] for name, y in labels.spaces.items()}
     phase = phase_at(config, epoch)[0] if epoch < config.epochs else "end"
     session.tell("labels", epoch, phase=phase, **scores, neighbour_mixing=neighbour_mixing(bank))
     session.run.save_epoch(epoch, labels, bank if config.keep_features else None, phase=phase, scores=scores)
