@@ -11,7 +11,7 @@ from same_run import numbers, same, weights
 from vireid_nb import training
 from vireid_nb.backbone import BackboneConfig
 from vireid_nb.losses import mmd2
-from vireid_nb.mmm import ABLATIONS, mmm_preset
+from vireid_nb.mmm import ABLATIONS, mmm_preset, training_cost
 from vireid_nb.records import VireidError, seeded, seeded_torch
 from vireid_nb.sca import confidences, inter_alignment, intra_alignment, loss_mixture, weighted_centers
 from vireid_nb.synthetic import write_dataset
@@ -229,6 +229,39 @@ def test_the_pull_across_meets_both_sides_however_batches_are_drawn(sysu_root, t
         train(small(sysu_root, tmp_path / draw, batch__joint=draw, intra_epochs=0, joint_epochs=1, sca__inter_from=1), callbacks=[seen])
     across = [step for step in taken if "matched_visible" in step]
     assert len(across) == len(taken) / 2 == 6 and all(step["sca_inter"] > 0 for step in across)
+
+
+def test_one_summed_step_takes_all_losses_at_once(sysu_root, tmp_path):
+    taken = []
+    run = train(small(sysu_root, tmp_path, summed=True, intra_epochs=0, joint_epochs=1, sca__inter_from=1), callbacks=[lambda run, e: taken.append({*e["loss"]}) if e["event"] == "step" else None])
+    assert taken == [{"visible", "infrared", "sca_intra", "matched_visible", "matched_infrared", "sca_inter"}] * 3
+    assert run.metrics("train").steps.tolist() == [3]
+
+
+def test_without_a_restart_schedule_and_momentum_go_on(sysu_root, tmp_path):
+    "One optimiser for both stages, also for a run that was cut in the second."
+    def cut(_, entry):
+        if (entry["event"], entry["epoch"]) == ("labels", 2):
+            raise Cut
+
+    optim = training.OptimConfig("sgd", lr=0.01, warmup=3, restart=False, nesterov=False)
+    whole = train(small(sysu_root, tmp_path / "whole", optim=optim))
+    np.testing.assert_allclose(whole.metrics("train").lr, [0.01 / 3, 0.02 / 3, 0.01])
+    with pytest.raises(Cut):
+        train(small(sysu_root, tmp_path / "cut", optim=optim), callbacks=[cut])
+    assert same(weights(whole), weights(train(small(sysu_root, tmp_path / "cut", optim=optim), resume=True)))
+    fresh = train(small(sysu_root, tmp_path / "fresh", optim=replace(optim, restart=True, warmup=0)))
+    assert fresh.metrics("train").lr.tolist() == [0.01] * 3
+
+
+def test_paper_and_released_differ_where_the_programs_do():
+    paper, released = mmm_preset("sysu"), mmm_preset("sysu-released")
+    assert not paper.optim.nesterov and released.align.optim.nesterov
+    assert (released.align.draw, released.align.look_up, released.test_mirror, released.engine.precision) == ("uniform", "training", False, "no")
+    views = {stage: v for stage, (_, v) in training_cost(released).items()}
+    assert views["intra"] + views["joint"] == sum(v for _, v in training_cost(paper).values()) == 11_520_000
+    both = training_cost(replace(paper, joint_labels="both", summed=True, batch=replace(paper.batch, joint="paired")))
+    assert both["joint"] == (60 * 600, 60 * 600 * 96 * 3)
 
 
 @pytest.mark.parametrize("data", ["regdb", "llcm"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vireid_nb.records import VireidError, seeded, seeded_torch
-from vireid_nb.sampling import intra_batches, joint_batches
+from vireid_nb.sampling import intra_batches, joint_batches, uniform_batches
 from vireid_nb.transforms import (
     GRAY,
     IMAGENET_MEAN,
@@ -304,6 +304,20 @@ def test_halves_drawn_apart_have_random_numbers_of_their_own():
     fewer = np.where((np.arange(120) % 10 == 9) & (labels < 5), -1, labels)  # an infrared picture less in some clusters
     one, two = draw(labels), draw(fewer)
     assert np.array_equal([v for v, _ in one], [v for v, _ in two]) and not np.array_equal([r for _, r in one], [r for _, r in two])
+
+
+@settings(max_examples=40, deadline=None)
+@given(labels=ragged, p=st.integers(1, 5), z=st.integers(1, 4), seed=st.integers(0, 99))
+def test_uniform_batches_leave_out_clusters_with_too_few(labels, p, z, seed):
+    labels = np.array(labels)
+    modality = seeded(seed, "modality").integers(0, 2, len(labels))
+    count = lambda m: np.bincount(labels[(modality == m) & (labels >= 0)], minlength=labels.max(initial=0) + 1)
+    enough = set(np.flatnonzero((count(0) >= z) & (count(1) >= z)).tolist())
+    batches = list(uniform_batches(labels, modality, n_ids=p, n_instances=z, n_batches=5, generator=seeded(seed)))
+    assert len(batches) == (5 if enough else 0)
+    for visible, infrared in batches:
+        assert (modality[visible] == 0).all() and (modality[infrared] == 1).all() and len(visible) == min(p, len(enough)) * z
+        assert (labels[visible] == labels[infrared]).all() and set(labels[visible].tolist()) <= enough
 
 
 def test_tensors_and_arrays_give_the_same_batches():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ABLATIONS', 'MatchingConfig', 'ScaConfig', 'AlignConfig', 'MmmConfig', 'with_matching', 'sample_losses',
-           'intra_term', 'inter_term', 'inter_steps', 'shuffled_pairs', 'look_up', 'make_classifier', 'plain_steps',
-           'align_steps', 'FixedLabels', 'Mmm', 'mmm_preset']
+           'intra_term', 'inter_term', 'inter_steps', 'shuffled_pairs', 'look_up', 'trust', 'make_classifier',
+           'plain_steps', 'align_pairs', 'align_steps', 'FixedLabels', 'Mmm', 'mmm_preset', 'training_cost']
 
 # %% ../nbs/67_mmm.ipynb #1433c5c9
 from collections.abc import Callable, Iterator
@@ -20,13 +20,14 @@ from . import baseline
 from .artifacts import Run
 from .backbone import build_backbone, seeded_init
 from .baseline import alternate, baseline_preset, intra_steps, joint_steps, synth_preset, together
+from .engine import EngineConfig
 from .features import evaluating
 from .losses import batch_hard_triplet
 from .matching import match_labels
 from .memories import cluster_means, cluster_nce
 from .processes import everywhere
 from .records import FeatureBank, Modality, PseudoLabels, derive_seed, log, n_clusters, on_device, require
-from .sampling import joint_batches
+from .sampling import joint_batches, uniform_batches
 from .sca import confidences, inter_alignment, intra_alignment, weighted_centers
 from .training import Batch, BatchConfig, Embeddings, Learner, Method, OptimConfig, TrainConfig, joint_pairs, phase_at
 
@@ -54,6 +55,8 @@ class AlignConfig:
     plain_epochs: int = 5  # of them with cross-entropy alone
     n_ids: int = 6  # pseudo-identities in a batch
     n_instances: int = 4  # pictures of each, from each modality
+    draw: Literal["cameras", "uniform"] = "cameras"  # pictures of a cluster: other cameras' first and without replacement, or (published) at random with replacement and only from clusters with enough
+    look_up: Literal["evaluation", "training"] = "evaluation"  # how confidences and prototypes are looked up: by the still network, one of each a picture; or (published) by the network in training mode, one of each a view
     margin: float = 0.2  # of the triplet loss
     optim: OptimConfig = field(default_factory=lambda: OptimConfig("sgd", lr=0.1, backbone=0.1, warmup=10))  # how weights move in it
 
@@ -66,9 +69,10 @@ class MmmConfig(TrainConfig):
     joint_labels: Literal["matched", "dbscan", "both"] = "matched"  # what the joint memory learns from; dbscan = no matching
     matching: MatchingConfig = field(default_factory=MatchingConfig)  # how clusters are paired
     sca: ScaConfig = field(default_factory=ScaConfig)  # the alignment terms
+    summed: bool = False  # second stage: one optimiser step on the sum of an iteration's losses, as in the paper's equations; off: within modalities and across them in turn, as in its program
     align: AlignConfig = field(default_factory=AlignConfig)  # the released recipe's third stage
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(n_instances=4))  # what a training step sees
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig("sgd", lr=0.1, backbone=0.1, warmup=10))  # how weights move
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig("sgd", nesterov=False, lr=0.1, backbone=0.1, warmup=10))  # how weights move
     intra_epochs: int = 20  # epochs of the first stage, each modality for itself
     joint_epochs: int = 60  # epochs of the second stage, modalities together
 
@@ -163,21 +167,38 @@ def shuffled_pairs(
 
 # %% ../nbs/67_mmm.ipynb #e8271b8c
 def look_up(learner: Learner, labels: np.ndarray, modality: np.ndarray, epoch: int) -> tuple:  # labels: [N], -1 = noise
-    "([N] cross-entropy, NaN for noise; [N, D] features before the neck, 0 for noise), both views of a visible picture averaged."
-    size, rows, classify = learner.config.batch.n_ids * learner.config.batch.n_instances, np.flatnonzero(labels >= 0), learner.model.classifier
-    parts = np.split(rows, range(size, len(rows), size))
-    pairs = [(p[modality[p] == Modality.VISIBLE], p[modality[p] == Modality.INFRARED]) for p in parts]
-    losses, features = np.full(len(labels), np.nan), np.zeros((len(labels), classify.in_features), np.float32)
+    "([2, N] cross-entropy of either view, NaN for noise; [2, N, D] features before the neck, 0 for noise). Infrared has one view, and in evaluation mode the views are averaged: both rows are then the same."
+    config, model, still = learner.config, learner.model, learner.config.align.look_up == "evaluation"
+    rows, size = np.flatnonzero(labels >= 0), config.batch.n_ids * config.batch.n_instances
+    pairs = [(p[modality[p] == Modality.VISIBLE], p[modality[p] == Modality.INFRARED]) for p in np.split(rows, range(size, len(rows), size))]
+    if not still:  # batches like those that train, since their statistics take part
+        pairs = shuffled_pairs(labels, modality, config.align.n_ids * config.align.n_instances, learner.sampler("look-up", epoch))
+    losses, features = np.full((2, len(labels)), np.nan), np.zeros((2, len(labels), model.classifier.in_features), np.float32)
     y = torch.from_numpy(labels).to(learner.engine.device)
-    with evaluating(learner.model):
+    with evaluating(model) if still else torch.no_grad():
         for batch in learner.batches(pairs, epoch, "look-up"):
             emb, pooled = learner.embed(batch, pooled=True)
             for r, e, p in ((batch.visible, emb.visible, pooled.visible), (batch.infrared, emb.infrared, pooled.infrared)):
                 if len(r):
                     views = len(e) // len(r)
-                    losses[r] = F.cross_entropy(classify(e), y[r].repeat(views), reduction="none").view(views, -1).mean(0).cpu()
-                    features[r] = p.view(views, len(r), -1).mean(0).cpu()
+                    ce, p = F.cross_entropy(model.classifier(e), y[r].repeat(views), reduction="none").view(views, -1), p.view(views, len(r), -1)
+                    losses[:, r], features[:, r] = ((x.mean(0) if still else x).cpu() for x in (ce, p))
     return losses, features
+
+
+def trust(learner: Learner, bank: FeatureBank, labels: np.ndarray, epoch: int) -> tuple:  # labels: [N] matched, -1 = noise
+    "([2, N] confidence in the label of either view, three [K, D] prototypes: of plain, channel-augmented and infrared pictures), by the classifier as it is."
+    losses, features = look_up(learner, labels, bank.modality, epoch)
+    seed, infrared = derive_seed(learner.config.seed, "sca", epoch), bank.modality == Modality.INFRARED
+    if learner.config.align.look_up == "evaluation":
+        weights = np.stack([everywhere(lambda: confidences(losses[0], bank.modality, seed=seed))] * 2)
+    else:
+        losses[1, infrared] = np.nan  # counted once
+        weights = everywhere(lambda: confidences(losses.ravel(), np.tile(bank.modality, 2), seed=seed)).reshape(2, -1)
+        weights[1, infrared] = weights[0, infrared]
+        weights[:, (labels >= 0) & np.isnan(losses[0])] = 1  # in no whole batch, so never looked up
+    of = [(k, bank.modality == m) for k, m in ((0, Modality.VISIBLE), (1, Modality.VISIBLE), (0, Modality.INFRARED))]
+    return weights, [weighted_centers(features[k][m], labels[m], weights[k][m], labels.max() + 1).to(learner.engine.device) for k, m in of]
 
 # %% ../nbs/67_mmm.ipynb #cf827e23
 def make_classifier(model: torch.nn.Module, labels: PseudoLabels, seed: int) -> torch.nn.Linear:
@@ -198,31 +219,37 @@ def plain_steps(learner: Learner, labels: np.ndarray, modality: np.ndarray, epoc
         yield {"identity": F.cross_entropy(learner.model.classifier(emb), y)}
 
 # %% ../nbs/67_mmm.ipynb #94e92d06
+def align_pairs(learner: Learner, bank: FeatureBank, labels: np.ndarray, epoch: int) -> list:  # labels: [N] matched, -1 = noise; [(visible, infrared)]
+    "An epoch's batches of the third stage: the same clusters in both modalities; as many as hold the larger modality once."
+    config = learner.config.align
+    n = max(((labels >= 0) & (bank.modality == m)).sum() for m in Modality) // (config.n_ids * config.n_instances) + 1
+    sizes = dict(n_ids=config.n_ids, n_instances=config.n_instances, n_batches=n, generator=learner.sampler("align", epoch))
+    if config.draw == "uniform":
+        return list(uniform_batches(labels, bank.modality, **sizes))
+    return list(joint_batches(labels, bank.modality, bank.camid, **sizes, draw="paired"))
+
+
 def align_steps(learner: Learner, bank: FeatureBank, labels: np.ndarray, epoch: int) -> Iterator[dict]:  # labels: [N] matched, -1 = noise
     "Steps of the released third stage: weighted cross-entropy, triplets and both alignment terms on fixed labels."
     config, sca, device = learner.config.align, learner.config.sca, learner.engine.device
-    n = max(((labels >= 0) & (bank.modality == m)).sum() for m in Modality) // (config.n_ids * config.n_instances) + 1
-    draw = dict(n_ids=config.n_ids, n_instances=config.n_instances, n_batches=n, generator=learner.sampler("align", epoch))
-    pairs = list(joint_batches(labels, bank.modality, bank.camid, **draw, draw="paired"))
+    pairs = align_pairs(learner, bank, labels, epoch)
     if not pairs:
-        log.warning("no cluster holds both modalities; this epoch trains the classifier alone")
+        log.warning("no cluster holds both modalities (%d pictures of each where align.draw is uniform); this epoch trains the classifier alone", config.n_instances)
         yield from plain_steps(learner, labels, bank.modality, epoch)
         return
-    losses, features = look_up(learner, labels, bank.modality, epoch)
-    weights = everywhere(lambda: confidences(losses, bank.modality, seed=derive_seed(learner.config.seed, "sca", epoch)))
-    of = [bank.modality == m for m in Modality]
-    centers = [weighted_centers(features[m], labels[m], weights[m], labels.max() + 1).to(device) for m in of]
+    weights, centers = trust(learner, bank, labels, epoch)
     for batch in learner.batches(pairs, epoch, "align"):
         emb, pooled = learner.embed(batch, pooled=True)
-        rows = np.concatenate([batch.visible, batch.visible, batch.infrared])
-        y, w = on_device(labels[rows], device), on_device(weights[rows], device)
+        at = (0, batch.visible), (1, batch.visible), (0, batch.infrared)  # (view, pictures)
+        y, w = (on_device(np.concatenate(x), device) for x in ([labels[r] for _, r in at], [weights[k][r] for k, r in at]))
         items = F.cross_entropy(learner.model.classifier(torch.cat(emb)), y, reduction="none")
-        sides = zip(pooled, (np.tile(batch.visible, 2), batch.infrared), centers)
-        across = sum(inter_alignment(view, labels[batch.visible], pooled.infrared, labels[batch.infrared]) for view in pooled.visible.chunk(2))
+        views = *pooled.visible.chunk(2), pooled.infrared
+        plain, augmented, infrared = (intra_alignment(e, labels[r], weights[k][r], c, norm="l1") for e, (k, r), c in zip(views, at, centers))
+        across = sum(inter_alignment(view, labels[batch.visible], pooled.infrared, labels[batch.infrared]) for view in views[:2])
         yield {
             "identity": (w * items).mean(),
             "triplet": batch_hard_triplet(torch.cat(pooled), y, config.margin),
-            "sca_intra": sca.intra * sum(intra_alignment(e, labels[r], weights[r], c, norm="l1") for e, r, c in sides),
+            "sca_intra": sca.intra * ((plain + augmented) / 2 + infrared),
             "sca_inter": sca.inter * 2 * across,  # both directions in full, where `inter_alignment` halves them
         }
 
@@ -276,7 +303,7 @@ class Mmm(FixedLabels):
                 streams.append(joint_steps(learner, bank, labels.matched, epoch, name="matched", also=across))
             if pull and not paired:
                 streams[-1] = together(streams[-1], inter_steps(learner, bank, labels.shared, epoch))
-        return alternate(*streams)
+        return together(*streams) if config.summed else alternate(*streams)
 
 # %% ../nbs/67_mmm.ipynb #321a993f
 PRESETS = (*baseline.PRESETS, *(f"{name}-released" for name in baseline.PRESETS))
@@ -287,9 +314,10 @@ def mmm_preset(data: str) -> MmmConfig:  # one of `PRESETS`; with "-released" th
     name, _, recipe = data.partition("-")
     require(recipe in ("", "released"), f"no preset '{data}'; behind the data set's name stands nothing or -released")
     base, config = baseline_preset(name), MmmConfig(recipe=recipe or "paper")
-    config = replace(config, data=base.data, cluster=base.cluster, batch=replace(config.batch, iterations=base.batch.iterations))
+    config = replace(config, data=base.data, cluster=base.cluster, batch=replace(config.batch, iterations=3 * base.batch.iterations))
     if recipe:
         config = replace(config, batch=base.batch, optim=base.optim, intra_epochs=base.intra_epochs, joint_epochs=base.joint_epochs)
+        config = replace(config, align=replace(config.align, draw="uniform", look_up="training"), test_mirror=False, engine=EngineConfig(precision="no"))
     if name == "synth":
         config = replace(synth_preset(config), data=base.data)
         config.sca = replace(config.sca, inter_from=1 + config.intra_epochs)  # as early as there are joint batches: a run is short
@@ -308,6 +336,7 @@ ABLATIONS = {  # name of the table -> {row: {dotted key of the configuration: va
         "MMM": _MATCHED,
         "MMM, both labels": {"joint_labels": "both"},
     },
+    "eps": {f"eps {eps}": {"cluster.eps": eps, "cluster.joint_eps": eps} for eps in (0.3, 0.6)},  # RegDB: the program's, and what the paper is said to use
     "batches": {
         f"{name}, {draw}, momentum {m}": parts | {"batch.joint": draw, "momentum": m}
         for name, parts in {"CMC": _CMC, "MMM": _MATCHED}.items()
@@ -315,3 +344,21 @@ ABLATIONS = {  # name of the table -> {row: {dotted key of the configuration: va
         for m in (0.1, 0.8)
     },
 }
+
+# %% ../nbs/67_mmm.ipynb #2b9bd900
+def training_cost(config: MmmConfig, visible: int = 22258, infrared: int = 11909) -> dict:  # {stage: (optimiser steps, picture views that they see)}
+    "What a training of MMM takes, by stage, if all pictures are labelled (SYSU-MM01's, unless told otherwise). Look-ups and extraction, which learn nothing, are not counted."
+    batch, align, sca, out, begun = config.batch, config.align, config.sca, {}, 0
+    for stage, epochs in config.stages.items():
+        if stage == "align":
+            size, n = align.n_ids * align.n_instances, max(visible, infrared)
+            plain = min(epochs, align.plain_epochs)
+            steps = plain * (max(n - size, 0) // size + 1) + (epochs - plain) * (n // size + 1)
+            out[stage] = steps, 3 * size * steps
+            continue
+        streams = 1 + (stage == "joint") * (1 + (config.recipe == "paper" and config.joint_labels == "both"))
+        pulled = max(0, min(epochs, begun + epochs + 1 - sca.inter_from)) if stage == "joint" and config.recipe == "paper" and sca.inter > 0 else 0
+        passes = epochs * streams + pulled * (batch.joint == "apart")  # the pull between modalities has batches of its own
+        steps = epochs * (1 if config.summed else streams) * batch.iterations
+        out[stage], begun = (steps, 3 * batch.n_ids * batch.n_instances * passes * batch.iterations), begun + epochs
+    return out
