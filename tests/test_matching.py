@@ -165,7 +165,7 @@ BAD_FEATURES = [
     (dict(labels=[0, 0]), "with labels"),
     (dict(n=0), "n is 0"),
     (dict(features=[[np.nan, 1], [0, 1], [1, 1]]), "NaN"),
-    (dict(features=[1.0, 2, 3]), "with labels"),
+    (dict(features=[1.0, 2, 3]), "shape"),
 ]
 
 
