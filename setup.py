@@ -26,7 +26,7 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     packages=[name],
-    package_data={name: ["weights/*.safetensors", "weights/*.md", "published/*.csv", "templates/*"]},
+    package_data={name: ["*.js", "weights/*.safetensors", "weights/*.md", "published/*.csv", "templates/*"]},
     include_package_data=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

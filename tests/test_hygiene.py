@@ -135,7 +135,7 @@ def test_module_is_generated(path):
 def test_module_imports(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = set(imported(tree))
-    allowed = {"widgets": {"IPython"}, "show": {"matplotlib"}}.get(path.stem, set())  # ipywidgets brings IPython; show draws for notebooks and is imported by them alone
+    allowed = ({"IPython"} if "ipywidgets" in names else set()) | ({"matplotlib"} if path.stem == "show" else set())  # ipywidgets brings IPython; show draws for notebooks and is imported by them alone
     none_of(f"{path.name} imports {n}: that is a development tool, keep it to lessons" for n in names if n.split(".")[0] in DEV_ONLY - allowed)
     at_import = set(imported(ast.Module([n for n in tree.body if is_import(n)], [])))
     none_of(f"{path.name} imports {n} before it is needed" for n in at_import if n.split(".")[0] in DEV_ONLY - {"IPython"})

@@ -14,7 +14,7 @@ def test_every_module_imports_without_what_windows_lacks():
     modules = [f"vireid_nb.{p.stem}" for p in sorted((ROOT / "vireid_nb").glob("*.py")) if p.stem not in ("__init__", "_modidx")]
     assert len(modules) > 30
     block = "; ".join(f"sys.modules[{name!r}] = None" for name in UNIX_ONLY)
-    others = "accelerate, concurrent.futures, filelock, ipywidgets, plotly, psutil, scipy.stats, sklearn.cluster, torch, torchvision, tyro"  # what they import is their business
+    others = "accelerate, concurrent.futures, filelock, anywidget, ipywidgets, psutil, scipy.stats, sklearn.cluster, torch, torchvision, tyro"  # what they import is their business
     code = f"import sys, {others}; {block}; import {', '.join(modules)}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]

@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from looking import features_for, made_up_run
+from markupsafe import escape
 from PIL import Image
 
-from vireid_nb import widgets
+from vireid_nb import monitor as monitors
 from vireid_nb.artifacts import Run
 from vireid_nb.catalog import load_catalog
 from vireid_nb.clustering import ClusterConfig, cross_modality_clustering
 from vireid_nb.inspector import PALETTE, InspectorState, Thumbnails, cluster_fates, colour_by, neighbour_table, track_clusters
 from vireid_nb.records import FeatureBank, Modality, PseudoLabels, VireidError
-from vireid_nb.widgets import LiveMonitor, compare_epochs, inspect_clusters, inspect_matches, inspect_queries, modality_gap_view, tune_clustering
+from vireid_nb.widgets import compare_epochs, inspect_clusters, inspect_matches, inspect_queries, modality_gap_view, tune_clustering
 
 NASTY = "cam1/<script>alert('x')</script> \"quo'ted\" größe & 人.jpg"
 
@@ -152,7 +153,7 @@ def test_tags_and_views_by_button(run):
     assert "needs a name" in clusters.keep.said.value
     clusters.keep.name.value = NASTY
     clusters.keep.tag.click()
-    assert "<script" not in clusters.keep.said.value and html.escape(NASTY) in clusters.keep.said.value
+    assert "<script" not in clusters.keep.said.value and escape(NASTY) in clusters.keep.said.value
     clusters.controls["epoch"].value = 0
     clusters.keep.name.value = "early"
     clusters.keep.view.click()
@@ -171,16 +172,15 @@ def test_tags_and_views_by_button(run):
 @pytest.mark.parametrize("layout", [inspect_clusters, inspect_matches, inspect_queries, modality_gap_view, lambda run: compare_epochs(run, 0, 2)])
 def test_a_click_shows_the_point_or_its_neighbours(run, layout):
     view = layout(run)
-    pane, sample = view.map, 7
-    trace = next(i for i, rows in enumerate(pane.rows) if sample in rows)
-    pane.clicked(sample)
+    pane, sample = view.maps[0], 7
+    pane.view.heard({"event": "click", "row": sample, "n": 1})
     assert view.state.caption(sample).split(",")[0] in html.unescape(view.card.value) and sample in view.state.chosen
     view.controls["click"].value = "near"
-    pane.clicked(sample)
+    pane.view.heard({"event": "click", "row": sample, "n": 2})
     near = [view.state.neighbours(sample, 10, m) for m in Modality]
     assert set(view.state.chosen) == {sample, *near[0].index, *near[1].index} and view.pictures.value.count("<img") == 22
     assert [int(n) for n in re.findall(r"(\d+) of them mutual", view.pictures.value)] == [n.reciprocal.sum() for n in near]
-    assert sample in pane.rows[trace][list(pane.figure.data[trace].selectedpoints)]
+    assert np.array_equal(pane.view.chosen, view.state.chosen)
     view.state.select([0, 1])
     assert "mutual" not in view.pictures.value and view.pictures.value.count("<img") >= 2
     view.clicked(sample)
@@ -188,21 +188,36 @@ def test_a_click_shows_the_point_or_its_neighbours(run, layout):
     assert view.near is None
 
 
-def test_panes_ring_and_zoom_together(run):
-    view = compare_epochs(run, 0, 2)
-    view.left.hovered(9)
-    ring = view.map.figure.layout.annotations[0]
-    assert (ring.x, ring.y) == pytest.approx(tuple(view.state.xy(2)[9])) and not view.left.figure.layout.annotations
+def test_two_panes_are_one_family(run):
+    view, other = compare_epochs(run, 0, 2), compare_epochs(run, 0, 1)
+    links = [m.view.source.options["link"] for v in (view, other) for m in v.maps]
+    assert links[0] == links[1] != links[2] == links[3] and all(links)  # the browser zooms and rings a family's maps together
+    view.maps[0].view.heard({"event": "hover", "row": 9, "n": 1})
     assert view.state.caption(9).split(",")[0] in html.unescape(view.card.value)
-    view.left.figure.layout.xaxis.range, view.left.figure.layout.yaxis.range = (0, 0.5), (0.1, 0.6)
-    assert view.map.figure.layout.xaxis.range == (0, 0.5) and view.map.figure.layout.yaxis.range == (0.1, 0.6)
-    view.map.figure.update_layout(xaxis_range=(-1, 1))
-    assert view.left.figure.layout.xaxis.range == (-1, 1)
+    for mode, n in (("set", 30), ("add", 50), ("subtract", 20)):  # a lasso in either pane, marked in both
+        rows = {"set": range(30), "add": range(10, 50), "subtract": range(30)}[mode]
+        flags = np.isin(np.arange(len(view.state.samples)), rows)
+        view.maps[1].view.heard({"event": "select", "mode": mode, "n": 2}, [np.packbits(flags).tobytes()])
+        assert len(view.state.chosen) == n and all(np.array_equal(m.view.chosen, view.state.chosen) for m in view.maps)
 
 
-def test_no_figure_offers_to_send_data_away(run):
-    for figure in (inspect_clusters(run).map.figure, modality_gap_view(run).curves):
-        assert figure._config["showSendToCloud"] is False
+def test_after_a_lasso_the_map_follows_the_list(run):
+    view = inspect_clusters(run)
+    plane, everybody = view.maps[0].view, np.ones(len(view.state.samples), bool)
+    plane.heard({"event": "select", "mode": "set", "n": 1}, [np.packbits(everybody).tobytes()])
+    assert len(plane.chosen) == len(everybody)
+    view.panel.list.index = 1
+    flags = np.unpackbits(np.frombuffer(plane.source.chosen, np.uint8), count=len(everybody))
+    assert np.array_equal(np.flatnonzero(flags), view.state.chosen) and 0 < len(view.state.chosen) < len(everybody)
+
+
+def test_each_lasso_is_answered_even_if_it_fails(run):
+    plane, sent = inspect_clusters(run).maps[0].view, []
+    plane.source.send = sent.append
+    plane.on("click", lambda row: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plane.heard({"event": "click", "row": 0, "n": 7})
+    assert sent == [{"done": 7}]
 
 
 def test_half_written_and_foreign_runs(sysu_root, tmp_path):
@@ -239,22 +254,23 @@ def test_half_written_and_foreign_runs(sysu_root, tmp_path):
 def test_runs_that_keep_less(sysu_root, tmp_path):
     run = made_up_run(sysu_root, tmp_path / "bare", keep=False, ids=False)
     view = inspect_clusters(run)
-    assert view.map is None and "--keep-features" in "".join(c.value for c in view.children[4].children if hasattr(c, "value"))
+    assert not view.maps and "--keep-features" in "".join(c.value for c in walk(view) if type(c).__name__ == "HTML")
     assert view.pictures.value.count("<img") > 0 and "identities unknown" in view.head.value
-    assert inspect_matches(run).map is None and len(compare_epochs(run, 0, 2).fates)
+    assert not inspect_matches(run).maps and len(compare_epochs(run, 0, 2).panel.fates)
     for layout in (inspect_queries, modality_gap_view):
         with pytest.raises(VireidError, match="--keep-features"):
             layout(run)
     nameless = made_up_run(sysu_root, tmp_path / "nameless", gaps=(0.5, 0.2), ids=False)
     asked = inspect_queries(nameless)
-    assert "no identities" in asked.say.value and "?" in asked.pictures.value and "unknown" not in modality_gap_view(nameless).head.value.replace("identities unknown", "")
+    assert "no identities" in asked.panel.say.value and "?" in asked.pictures.value and "unknown" not in modality_gap_view(nameless).head.value.replace("identities unknown", "")
 
 
 def test_moved_pictures(run, tmp_path, caplog):
     state = InspectorState(run, root=tmp_path)
     assert Image.open(io.BytesIO(state.thumbnails.jpeg(0))).size == (64, 128)
     assert "pass root=" in caplog.text
-    assert inspect_clusters(state).pictures.value.count("<img") > 0
+    view = inspect_clusters(state)
+    assert view.pictures.value.count("<img") > 0 and any("pass root=" in w.value for w in walk(view) if type(w).__name__ == "HTML")  # said inside the view
 
 
 @pytest.mark.parametrize("modality", [0, 1])
@@ -268,10 +284,10 @@ def test_one_modality(tmp_path, modality):
     view.controls["click"].value = "near"
     view.clicked(0)
     assert len(view.selected) == 11 and "the 0 nearest" in view.pictures.value  # ten of its kind, none of the other
-    assert len(compare_epochs(run, 0, 0).fates) == 2
+    assert len(compare_epochs(run, 0, 0).panel.fates) == 2
     with pytest.raises(VireidError, match="modalit"):
         tune_clustering(InspectorState(run).bank())
-    assert "no cluster of this epoch is matched" in inspect_matches(run).count.value
+    assert "no cluster of this epoch is matched" in inspect_matches(run).panel.count.value
     with pytest.raises(VireidError, match="both modalities are needed"):
         InspectorState(run).queries()
     with pytest.raises(VireidError, match="modality"):
@@ -286,8 +302,7 @@ def test_very_few_samples(tmp_path, n):
     view.act("method", "umap")  # fewer points than neighbours
     view.state.select([0])
     assert len(view.selected) == 1
-    for i in range(4):
-        view.map.gesture(i, [])
+    view.maps[0].view.heard({"event": "select", "mode": "set", "n": 1}, [bytes(1)])
     assert len(view.selected) == 0 and "Drag around" in view.pictures.value
 
 
@@ -301,16 +316,17 @@ def test_names_are_escaped_wherever_html_is_made(tmp_path):
         view.state.extra["<script>"] = np.arange(8.0)
         view.act("colour", "<script>")
         view.show(0)
+        view.controls["click"].value = "near"
+        view.clicked(0)
         view.act("where", "<img src=x onerror=alert(1)>")
-        view.neighbours(0)
         view.keep.name.value = "<script>"
         view.keep.tag.click()
         said += [w.value for w in walk(view) if type(w).__name__ == "HTML"]
     text = "".join(s for s in said if not s.startswith("<style>"))
-    assert html.escape(NASTY) in text and "&lt;script&gt;" in text and "&lt;img src=x" in text
-    assert "tagged 8 as &lt;script&gt;" in text and html.escape(root.name) in text
+    assert escape(NASTY) in text and "&lt;script&gt;" in text and "&lt;img src=x" in text
+    assert "tagged 8 as &lt;script&gt;" in text and escape(root.name) in text
     assert "<script" not in text and "onerror=alert(1)>" not in text
-    assert set(re.findall(r"</?([a-z0-9]+)", text)) <= {"div", "h3", "b", "span", "i", "figure", "img", "figcaption", "table", "tr", "td"}
+    assert set(re.findall(r"</?([a-z0-9]+)", text)) <= {"div", "h3", "b", "span", "i", "figure", "img", "figcaption", "table", "tr", "td", "svg", "text", "title", "g", "path", "circle", "line"}
 
 
 def walk(widget):
@@ -331,31 +347,26 @@ def test_views_share_a_state(run):
     state = InspectorState(run)
     clusters, matches = inspect_clusters(state), inspect_matches(state)
     clusters.state.select([0, 1, 2])
-    assert len(matches.selected) == 3 and sum(len(t.selectedpoints) for t in matches.map.figure.data[:4]) == 3
+    assert len(matches.selected) == 3 and matches.maps[0].view.chosen.tolist() == [0, 1, 2]
     matches.controls["epoch"].value = 0
     assert clusters.controls["epoch"].value == 0
 
 
-def test_one_message_a_change(run, monkeypatch):
+def test_a_change_sends_what_it_needs(run, monkeypatch):
     view = inspect_clusters(run)
-    figure, sent = view.map.figure, []
-    monkeypatch.setattr(figure, "_send_update_msg", lambda restyle_data, **_: sent.append(restyle_data))
-    for change in (lambda: view.state.set("epoch", 0), lambda: view.state.set("colour", "camid"), lambda: view.map.follow("selection")):
+    source, sent = view.maps[0].view.source, []
+    monkeypatch.setattr(source, "_send", lambda msg, buffers=None: sent.append((set(msg.get("state", ())), sum(map(len, buffers or ())))))
+    n = len(view.state.samples)
+    for change, names in (
+        (lambda: view.state.select(range(7)), {"chosen"}),
+        (lambda: view.state.set("colour", "camid"), {"colour", "palette"}),
+        (lambda: view.state.filter("modality == 1"), {"look"}),
+        (lambda: view.state.set("epoch", 0), {"xy", "look", "options"}),
+    ):
         sent.clear()
         change()
-        coordinates = [name for restyle in sent for name in restyle if name in ("x", "y")]
-        assert len(sent) <= 2  # the map itself, and the selection that a new list brings
-    assert coordinates == []
-
-
-def test_what_is_named_for_one_trace_is_sent_for_all(run, monkeypatch):
-    figure, sent = inspect_clusters(run).map.figure, []
-    monkeypatch.setattr(figure, "_send_update_msg", lambda restyle_data, **_: sent.append(restyle_data))
-    with widgets.together(figure):
-        figure.data[0].marker.size = 9
-        figure.data[2].opacity = 0.5
-    assert {k: len(v) for k, v in sent[0].items()} == {"marker.size": 2, "opacity": 2}
-    assert all(type(v) is not object for values in sent[0].values() for v in values)
+        assert set().union(*(keys for keys, _ in sent)) <= names | {"chosen", "options"} and len(sent) <= 2  # the change, and the choice a new list brings
+        assert sum(size for _, size in sent) <= 6 * n + 64
 
 
 def test_tuning_equals_clustering(sysu_root):
@@ -380,8 +391,11 @@ def test_monitor_in_a_training(sysu_root, tmp_path):
     config = baseline_preset("synth")
     config = replace(config, data=replace(config.data, root=str(sysu_root)), batch=BatchConfig(n_ids=3, n_instances=3, iterations=2), engine=EngineConfig(device="cpu", progress=False), intra_epochs=1, joint_epochs=1, runs=str(tmp_path))
     shown = []
-    monitor = widgets.Monitor(every=0.0, show=shown.append)
-    train(config, callbacks=[monitor])
-    curves = {(t.meta, t.name): len(t.x) for t in monitor.figure.data}
-    assert len(shown) == 1 and curves[1, "visible"] >= 2 and curves[2, "joint"] == 3 and curves[3, "infrared"] == 3
-    assert issubclass(widgets.Monitor, LiveMonitor)
+    monitor = monitors.Monitor(every=0.0, show=shown.append)
+    run = train(config, callbacks=[monitor])
+    curves = {(title, line.name): len(line.x) for title, lines in monitor.series().items() for line in lines}
+    assert len(shown) == 1 and curves["losses", "visible"] >= 2 and curves["clusters", "joint"] == 3 and curves["ARI", "infrared"] == 3
+    theirs = monitors.watch(run.path, show=lambda widget: None)  # the same, from the run's folder alone
+    assert theirs.ended and theirs.task is None
+    told = {(title, line.name): len(line.x) for title, lines in theirs.monitor.series().items() for line in lines}
+    assert told["clusters", "joint"] == 3 and told["losses", "visible"] >= 1

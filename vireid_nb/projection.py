@@ -10,7 +10,7 @@ __all__ = ['AXES_ROWS', 'METHODS', 'GENTLE', 'PAIRINGS', 'EDGES', 'principal_axe
 # %% ../nbs/52_projection.ipynb #02d2dee0
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -131,32 +131,41 @@ def jumps(layouts: dict) -> dict:  # {epoch: [N, 2]} -> {epoch: float}, from the
     return {epoch: float(np.median(np.linalg.norm(after - before, axis=1))) / size(after) for before, (epoch, after) in pairs}
 
 # %% ../nbs/52_projection.ipynb #42aab9bc
-def _pca_epochs(banks: Mapping, seed: int) -> dict:
-    "PCA maps of all epochs on common axes."
-    share = AXES_ROWS // len(banks)
-    axes = principal_axes([b.features[_every(len(b), share)] for b in (banks[e] for e in banks)], seed)
-    return {e: (b.features - b.features.mean(0)) @ axes for e, b in ((e, banks[e]) for e in banks)}
+def _rows_of(banks: Mapping, tell: Callable) -> list:  # [[n, D]]
+    "Evenly spaced rows of every epoch, for the axes; one reading of each, which also shows that they hold the same samples."
+    out, first, index, dim = [], next(iter(banks)), None, 0
+    for i, e in enumerate(banks, 1):
+        bank = banks[e]
+        index, dim = (bank.index, bank.features.shape[1]) if index is None else (index, dim)
+        same = np.array_equal(bank.index, index) and bank.features.shape[1] == dim
+        require(same, f"project_epochs: epochs {first} and {e} hold other samples or dimensions; all must be of the same run")
+        out.append(bank.features[_every(len(bank), AXES_ROWS // len(banks))])
+        tell(i, 2 * len(banks))
+    return out
 
 
 def project_epochs(
-    banks: Mapping,  # {epoch: FeatureBank} of the same samples, in order; read one at a time
+    banks: Mapping,  # {epoch: FeatureBank} of the same samples, in order; each is read twice, one at a time
     method: str = "pca",
     seed: int = 0,
+    *,
+    progress: Callable = None,  # called with (readings done, of how many): reading is what takes long
     **options,  # of `project`
 ) -> dict:  # {epoch: [N, 2] float32}
     "Maps of several epochs in which a point keeps its place as far as its feature does. Raises `VireidError` when the epochs hold other samples."
     require(method in METHODS, f"project_epochs: no method {method!r}; choose one of {', '.join(METHODS)}")
     require(len(banks) > 0, "project_epochs: there are no features of any epoch; train with --keep-features to have them")
-    first, *_ = banks
-    index, dim = banks[first].index, banks[first].features.shape[1]
-    for e in banks:
-        same = np.array_equal(banks[e].index, index) and banks[e].features.shape[1] == dim
-        require(same, f"project_epochs: epochs {first} and {e} hold other samples or dimensions; all must be of the same run")
-    if method == "pca":
-        return _pca_epochs(banks, seed) if len(index) else {e: np.zeros((0, 2), np.float32) for e in banks}
-    out, last = {}, project(banks[first], method, seed, **options)
-    for e in banks:
-        out[e] = last = align(project(banks[e], method, seed, start=last, **options), last) if len(index) else last
+    tell, out, last = progress or (lambda done, n: None), {}, None
+    rows = _rows_of(banks, tell)
+    axes = principal_axes(rows, seed) if method == "pca" and len(rows[0]) else np.zeros((rows[0].shape[1], 2), np.float32)
+    for i, e in enumerate(banks, len(banks) + 1):
+        bank = banks[e]
+        if method == "pca" or not len(bank):
+            out[e] = (bank.features - bank.features.mean(0)) @ axes if len(bank) else np.zeros((0, 2), np.float32)
+        else:
+            last = project(bank, method, seed, **options) if last is None else last
+            out[e] = last = align(project(bank, method, seed, start=last, **options), last)
+        tell(i, 2 * len(banks))
     return out
 
 # %% ../nbs/52_projection.ipynb #2a5d8b3f
