@@ -23,7 +23,8 @@ from vireid_nb.clustering import ClusterConfig, cross_modality_clustering
 from vireid_nb.evaluation import pseudo_label_scores
 from vireid_nb.projection import align, gap_table, jumps, modality_gap, principal_axes, project, project_epochs, projection_table, save_projection, trust
 from vireid_nb.records import FeatureBank, PseudoLabels, VireidError
-from vireid_nb.report import EMPTY, curves, el, number, report, report_command, tick_texts, ticks
+from vireid_nb.report import curves, report, report_command
+from vireid_nb.svg import Cell, markup, number, table, tick_texts, ticks, with_best
 from vireid_nb.synthetic import make_vi_features
 
 EVIL = """<script>alert('ä');</script> "größe" & 照片.png"""
@@ -228,7 +229,7 @@ class Checked(HTMLParser):
         self.tags.append(tag)
         self.refs += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "poster", "xlink:href")]
         self.handlers += [k for k, _ in attrs if k.startswith("on")]
-        if tag not in EMPTY:
+        if tag not in ("img", "meta"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -245,11 +246,13 @@ class Checked(HTMLParser):
 def read(path):
     text = Path(path).read_text(encoding="utf-8")
     page = Checked(text)
-    assert page.tags.count("section") == 10
+    assert page.tags.count("section") == 12
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags) and not page.handlers
-    assert all(r.startswith("data:image/jpeg;base64,") for r in page.refs)
+    assert all(r.startswith(("data:image/jpeg;base64,", "#")) for r in page.refs) and sum(r[0] == "#" for r in page.refs) == 12
+    held = sum(r.startswith("data:") for r in page.refs)
+    assert (f"This page holds {held} image" if held else "This page holds no image.") in text
     assert not re.search(r"https?:|url\(|@import|@font-face", text)
-    assert "default-src &#x27;none&#x27;" in text
+    assert "default-src 'none'" in text
     return page, " ".join(page.text)
 
 
@@ -303,7 +306,7 @@ def damage_epochs(run):
 
 DAMAGE = {
     damage_metrics_missing: "no pseudo-labels recorded yet",
-    damage_metrics_torn: "test, after 10 epochs – –",
+    damage_metrics_torn: "test, after 10 epochs +–",
     damage_samples_missing: "has no samples.csv",
     damage_samples_other: "samples.csv lists 1",
     damage_last_labels: "the labels are damaged",
@@ -418,7 +421,8 @@ def test_a_comparison_names_what_differs(tmp_path):
     path = report([a, b])
     page, text = read(path)
     assert path == tmp_path / "a" / "comparison.html"
-    before_all = text[text.index("Configuration") : text.index("All ")]
+    at = text.rindex("Configuration")
+    before_all = text[at : text.index("All ", at)]
     assert "eps" in before_all and "joint" not in before_all and "a/run" in text and "b/run" in text
     same = read(report([a, a], tmp_path / "same.html"))[1]
     assert "The runs have the same configuration and versions." in same
@@ -435,8 +439,10 @@ def test_the_command(tmp_path, capsys):
 @settings(max_examples=60, deadline=None)
 @given(st.text(), st.text())
 def test_no_text_leaves_its_element(content, attribute):
-    page = Checked(el("div", content, el("b", content), title=attribute))
-    assert page.tags == ["div", "b"]
+    page = Checked(markup("report", "run", content, markup("report", "about", attribute)))
+    assert page.tags == ["div", "h3", "p"]
+    row = pd.DataFrame({content or "c": [Cell(attribute, content, True)], "d": [attribute], "e": [1]}, index=[content])
+    assert set(Checked(table(row, attribute)).tags) == {"div", "table", "thead", "tr", "th", "tbody", "td", "b"} | ({"span"} if content else set())
 
 
 @settings(max_examples=80, deadline=None)
@@ -448,9 +454,45 @@ def test_ticks_are_few_and_inside(low, width):
     assert all(low - 1e-3 * (high - low) <= t <= high + 1e-3 * (high - low) for t in found)
 
 
-@pytest.mark.parametrize("value, text", [(0, "0"), (0.0, "0"), (-0.5, "-0.500"), (1e7, "1e+07"), (float("inf"), "–"), ("x", "x"), ([], "[]"), (False, "False")])
+@pytest.mark.parametrize("value, text", [(0, "0"), (0.0, "0"), (-0.5, "-0.500"), (1e7, "1e+07"), (float("inf"), "–"), ("x", "x"), ("", "(empty)"), ([], "[]"), (False, "False")])
 def test_numbers(value, text):
     assert number(value) == text
+
+
+def test_the_best_is_marked_where_there_is_one():
+    best = lambda values, **how: [c.best for c in with_best([Cell(str(v)) for v in values], values, **how)]
+    assert best([1.0, 3.0, 2.0]) == [False, True, False] and best([1.0, 3.0], lower=True) == [True, False]
+    assert best([2.0, 2.0]) == [False, False] and best([float("nan"), 1.0]) == [False, False] and best([3.0, 3.0, 1.0]) == [True, True, False]
+
+
+def test_no_picture_leaves_where_none_is_asked_for(tmp_path):
+    for i in range(84):
+        Image.new("RGB", (24, 48)).save(tmp_path / f"{i:03d}.png")
+    run = make_run(tmp_path / "run", root=tmp_path)
+    assert tyro.cli(report_command, args=[str(run.path), "--no-pictures"]) == 0
+    page, text = read(run.path / "report.html")
+    assert "This page holds no image." in text and "img" not in page.tags and "--no-pictures" in text
+    assert "img" in read(report(run))[0].tags
+
+
+def test_matched_labels_are_not_compared_with_joint_ones(tmp_path):
+    joint, matched = make_run(tmp_path / "joint", keep=False), make_run(tmp_path / "matched", keep=False)
+    last = {k: v for k, v in [e for e in matched.events() if e["event"] == "labels"][-1].items() if k not in ("event", "epoch")}
+    matched.log("labels", 3, **last | {"ari_all": 0.9, "n_clusters_all": 7})
+    text = read(report([joint, matched]))[1]
+    assert "90.0 (matched)" in text and "(joint)" in text and "their ARI is not compared" in text
+    assert "not compared" not in read(report([joint, joint]))[1]
+
+
+def test_what_went_wrong_stands_first(tmp_path):
+    run = make_run(tmp_path / "run", keep=False)
+    run.log("labels", 3, n_clusters_visible=2, noise_visible=0.9)
+    run.log("labels", 4, n_clusters_visible=2, noise_visible=0.9)
+    run.log("eval", 4, protocol="all", rank1=0.1, mAP=0.1)
+    text = read(report(run))[1]
+    first = text[text.index("What looks wrong", text.index("Configuration")) : text.index("In a nutshell", text.index("Configuration"))]
+    for word in ("visible clusters fell from", "90% of the visible images are outliers", "Rank-1 (all) is 10.0%", "divide optim.lr by 3"):
+        assert word in first, word
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -467,4 +509,17 @@ def test_a_browser_shows_it_without_a_network(chromium, tmp_path, scheme):
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
     boxes = page.evaluate("[...document.querySelectorAll('figure > svg')].map(s => s.getBoundingClientRect()).map(b => Math.min(b.width, b.height))")
     assert len(boxes) > 10 and min(boxes) > 100
+    page.context.close()
+
+
+@pytest.mark.parametrize("width", [390, 760, 1240])
+def test_no_table_is_crushed_or_cut_off_at_any_width(chromium, tmp_path, width):
+    runs = [make_run(tmp_path / f"a-run-with-a-long-name-{i}", config={"eps": 0.1 * i}) for i in range(1, 5)]
+    page = chromium.new_context(offline=True, viewport={"width": width, "height": 900}).new_page()
+    page.goto(report(runs, tmp_path / "four.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    heads = page.evaluate("[...document.querySelectorAll('section > details > .scroll tbody th')].map(t => t.getBoundingClientRect()).map(b => [b.width, b.height])")
+    assert len(heads) > 20 and min(w for w, _ in heads) >= 100 and max(h for _, h in heads) <= 70
+    gap = page.evaluate("(t => [t.scrollWidth, t.parentElement.clientWidth, t.querySelectorAll('tbody tr').length])(document.querySelector('#modality-gap table'))")
+    assert gap[2] == 4 and (gap[0] <= gap[1] or width == 760)  # all runs are rows; between phone and desk the box scrolls
     page.context.close()
