@@ -59,7 +59,8 @@ class BatchConfig:
 @dataclass
 class OptimConfig:
     "How weights move."
-    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: with Nesterov momentum 0.9
+    optimizer: Literal["adam", "sgd"] = "adam"  # sgd: with momentum 0.9
+    nesterov: bool = True  # sgd: Nesterov's form of it
     lr: float = 3.5e-4  # step size
     backbone: float = 1.0  # factor on lr for everything below the neck
     weight_decay: float = 5e-4  # L2 penalty
@@ -67,6 +68,7 @@ class OptimConfig:
     decay: float = 0.1  # factor on lr ...
     decay_every: int = 20  # ... after this many epochs of a stage ...
     decay_times: int = 2  # ... and so on, at most this many times
+    restart: bool = True  # a stage begins with a fresh optimiser and its schedule anew; off: both go on, and epochs count from the beginning of the run
 
 # %% ../nbs/64_training.ipynb #e1e8abbe
 @dataclass
@@ -85,6 +87,7 @@ class TrainConfig:
     temperature: float = 0.05  # of the contrast with the memories
     momentum: float = 0.1  # share of the old memory entry kept at an update
     eval_every: int = 10  # epochs between evaluations on the test set; 0 = only before and after training
+    test_mirror: bool = True  # test features are the mean of a picture's and its mirror image's
     keep_features: bool = False  # keep each epoch's features in the run folder (float16)
     seed: int = 1  # every random number derives from it
     runs: str = "runs"  # where run folders go
@@ -122,6 +125,7 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     "The step size in this epoch."
     stage, at = phase_at(config, epoch)
     optim = config.optim_in(stage)
+    at = at if optim.restart else epoch
     rise = min(1, (at + 1) / optim.warmup) if optim.warmup else 1
     return optim.lr * rise * optim.decay ** min(at // optim.decay_every, optim.decay_times)
 
@@ -357,9 +361,9 @@ class Session:
     epoch: int = 0  # the next one
     steps: int = 0  # optimiser steps taken so far
 
-    def extract(self, store: ImageStore, table) -> FeatureBank:  # table: the rows of `store`, with modality and camid
+    def extract(self, store: ImageStore, table, flip: bool = True) -> FeatureBank:  # table: the rows of `store`, with modality and camid
         "Features of these pictures by the network as it is now."
-        how = dict(device=self.engine.device, precision=self.engine.dtype, progress=self.config.engine.progress, shared=True)
+        how = dict(device=self.engine.device, precision=self.engine.dtype, progress=self.config.engine.progress, shared=True, flip=flip)
         return extract(self.learner.model, store, table.modality.to_numpy(), table.camid.to_numpy(), **how)
 
     def tell(self, event: str, epoch: int, keep: bool = True, **values) -> None:
@@ -371,7 +375,7 @@ class Session:
             callback(self.run, entry)
 
 
-FORMER = {"batch.joint": "paired"}  # what runs were made with before there was a choice, where that is not the default
+FORMER = {"batch.joint": "paired", "optim.nesterov": True}  # what runs were made with before there was a choice, where that is not the default
 
 
 def check_same(run: Run, config: TrainConfig) -> None:
@@ -387,7 +391,7 @@ def make_optimizer(config: TrainConfig, model: torch.nn.Module, epoch: int = 0) 
     named = [(n.startswith(("neck.", "classifier.")), p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for top, p in named if top], "scale": 1.0}, {"params": [p for top, p in named if not top], "scale": optim.backbone}]
     if optim.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay)
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, nesterov=optim.nesterov, weight_decay=optim.weight_decay)
     return torch.optim.Adam(groups, lr=optim.lr, weight_decay=optim.weight_decay)
 
 
@@ -509,7 +513,7 @@ def judge(session: Session, epoch: int) -> None:
     if not len(session.catalog.test):
         return
     with session.watch("evaluate"):
-        bank = session.extract(session.test_store, session.catalog.test)
+        bank = session.extract(session.test_store, session.catalog.test, session.config.test_mirror)
         scores = everywhere(lambda: judge_features(bank, session.catalog))
     for protocol, values in scores.items():
         session.tell("eval", epoch, protocol=protocol, **values)
@@ -522,7 +526,8 @@ def run_epoch(session: Session, method: Method, epoch: int) -> None:
     bank, labels = label_samples(session, method, epoch)
     if phase_at(config, epoch)[1] == 0:
         method.begin(session.learner, labels, epoch)
-        session.optimizer = session.engine.prepare_optimizer(make_optimizer(config, session.learner.model, epoch))
+        if epoch == 0 or config.optim_in(phase_at(config, epoch)[0]).restart:
+            session.optimizer = session.engine.prepare_optimizer(make_optimizer(config, session.learner.model, epoch))
     with session.watch("learn"):
         losses = learn(session, method, bank, labels, epoch)
     if not losses:
