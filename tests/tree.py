@@ -17,6 +17,13 @@ MADE = ("nbs/*.ipynb", "vireid_nb/*.py", "README.md", "pyproject.toml")
 NOTE = "<!-- Made from nbs/index.ipynb by `make prepare`: edit that notebook, not this file. -->\n\n"
 
 
+def result_alone(cell):
+    "A code cell as the Markdown that it displays: what its table says, not how it was made."
+    from nbformat.v4 import new_markdown_cell
+
+    return new_markdown_cell("\n\n".join(o["data"]["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", ())))
+
+
 def readme(index: Path) -> str:
     "index.ipynb as Markdown: hidden cells left out, links that start in nbs/ made to start at the root, results as plain text."
     import nbformat
@@ -25,6 +32,7 @@ def readme(index: Path) -> str:
     nb = nbformat.read(index, 4)
     nb.metadata["language_info"] = {"name": "python"}  # what code blocks are marked as; nbdev_clean strips it
     nb.cells = [c for c in nb.cells if not re.match(r"#\|\s*(hide|export|default_exp)", c.source)]
+    nb.cells = [result_alone(c) if re.match(r"#\|\s*echo:\s*false", c.source) else c for c in nb.cells]
     from_root = lambda m: m[1] + posixpath.normpath(posixpath.join("nbs", m[2]))
     for cell in nb.cells:
         if cell.cell_type == "markdown":
