@@ -1,6 +1,7 @@
 # Every target first makes .venv when it is missing or older than settings.ini or setup.py; an active virtual environment is left alone.
 #   make demo     draw VI-Synth, train on it, evaluate: minutes on 2 CPU cores, nothing to download
 #   make test     what CI runs
+#   make torture  kills at random moments and ten thousand malformed inputs: about 20 minutes, with tables
 #   make lab      JupyterLab on the notebooks
 #   make prepare  before a commit: modules, clean notebooks and README.md from the notebooks
 
@@ -10,7 +11,7 @@ INSTALLED := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONHOME
 
-.PHONY: demo test lab prepare
+.PHONY: demo test torture lab prepare
 .DEFAULT_GOAL := demo
 
 $(INSTALLED): settings.ini setup.py
@@ -23,6 +24,11 @@ $(INSTALLED): settings.ini setup.py
 demo: $(INSTALLED)
 	@echo "== vireid demo"
 	@$(BIN)/vireid demo
+
+torture: export OMP_NUM_THREADS = 1
+torture: $(INSTALLED)
+	@echo "== kills, malformed inputs, memory"
+	@$(BIN)/python tests/torture.py
 
 lab: $(INSTALLED)
 	@echo "== JupyterLab on nbs/"

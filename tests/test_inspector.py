@@ -231,7 +231,7 @@ def test_half_written_and_foreign_runs(sysu_root, tmp_path):
     (run.path / "config.json").write_text(json.dumps(info))
     whole = (run.folder(0) / "features.safetensors").read_bytes()
     (run.folder(0) / "features.safetensors").write_bytes(whole[:200])
-    with pytest.raises(VireidError, match="features are damaged"):
+    with pytest.raises(VireidError, match="features.safetensors is damaged"):
         InspectorState(run.path).xy()
     (run.folder(0) / "features.safetensors").unlink()
     assert InspectorState(run.path).mapped == []
@@ -241,7 +241,7 @@ def test_half_written_and_foreign_runs(sysu_root, tmp_path):
         InspectorState(run.path)
     (run.folder(0) / "labels.safetensors").write_bytes(b"")
     (run.path / "samples.csv").write_text("\n".join(text))
-    with pytest.raises(VireidError, match="labels are damaged"):
+    with pytest.raises(VireidError, match="labels.safetensors is damaged"):
         InspectorState(run.path)
     (run.folder(0) / "info.json").unlink()
     with pytest.raises(VireidError, match="keeps no epoch yet"):

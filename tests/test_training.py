@@ -120,7 +120,7 @@ def test_views_cut_in_two_is_what_two_replicas_compute(sysu_root, tmp_path):
     "Plain views and half of infrared through one copy, channel-augmented views and the other half through another; the first one's running statistics stay, gradients add up."
     config = small(sysu_root, tmp_path)
     config = replace(config, batch=BatchConfig(n_ids=4, n_instances=3, iterations=1, groups=2, cut="views"))
-    session = open_session(config, config.make_method(), (), resume=False)
+    session = open_session(config, (), resume=False)
     learner, model = session.learner, session.learner.model.train()
     table = session.catalog.train
     rows = [np.flatnonzero(table.modality == m)[:12] for m in (0, 1)]
@@ -141,7 +141,7 @@ def test_views_cut_in_two_is_what_two_replicas_compute(sysu_root, tmp_path):
     for name, b in model.named_buffers():
         torch.testing.assert_close(b, first[name])
     assert not torch.allclose(first["neck.running_mean"], second["neck.running_mean"])
-    alone = open_session(replace(config, name="alone", batch=replace(config.batch, groups=1)), config.make_method(), (), resume=False)
+    alone = open_session(replace(config, name="alone", batch=replace(config.batch, groups=1)), (), resume=False)
     same_views = next(alone.learner.batches([tuple(rows)], 0, "test"))
     assert all(torch.equal(a, b) for a, b in zip(batch[2:], same_views[2:])), "the cut must not change the pictures"
 

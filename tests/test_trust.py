@@ -1,7 +1,9 @@
 "Other people's run folders, lists and pictures: nothing in them runs, nothing outside the named folders is read or written, and whatever is wrong is one line."
+import errno
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +11,17 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from same_run import numbers as told_by
+from same_run import same, weights
 
 from vireid_nb import cli
-from vireid_nb.artifacts import Run
+from vireid_nb.artifacts import Run, check_values, sole
 from vireid_nb.baseline import baseline_preset
+from vireid_nb.cli import first_difference
+from vireid_nb.engine import Engine
 from vireid_nb.inspector import InspectorState, Thumbnails, rows_where
 from vireid_nb.records import VireidError
-from vireid_nb.training import train
+from vireid_nb.training import Stopped, train
 from vireid_nb.use import sample_pictures
 
 
@@ -113,3 +119,121 @@ def test_listed_pictures_outside_the_root_are_never_read(run, sysu_root, tmp_pat
             sample_pictures(run, root)
         assert cli.main(["report", str(run.path), "--root", str(root)]) == 0
         assert Thumbnails(tmp_path, ["away.jpg"], height=96).uri(0) not in (run.path / "report.html").read_text()
+
+
+# ---- run folders: two at once, moved, asked to stop, spoiled losses, made again
+
+
+def test_two_trainings_in_one_folder(run, made):
+    config = replace(small(made.config["data"]["root"], run.path.parent, run.path.name), keep_features=True)
+    with sole(run):
+        with pytest.raises(VireidError, match=rf"is being trained by process {os.getpid()} on .* since "):
+            train(config, resume=True)
+    assert train(config, resume=True).epochs == run.epochs  # free again
+    (run.path / ".training.json").write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "yesterday"}))  # a killed one's
+    left = run.path / "checkpoints" / ".last.abc.tmp"
+    left.mkdir()
+    (left / "lock").touch()
+    train(config, resume=True)
+    assert not left.exists() and not (run.path / ".training.json").exists()
+
+
+def test_a_moved_folder_finds_its_pictures(sysu_root, tmp_path, monkeypatch):
+    shutil.copytree(sysu_root, tmp_path / "old/data")
+    monkeypatch.chdir(tmp_path)
+    run = train(replace(small("old/data", "old/runs"), keep_features=True))  # as it was typed: relative
+    assert os.path.isabs(run.config["data"]["root"]) and InspectorState(run).thumbnails.there()
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    moved = InspectorState(tmp_path / "new/runs/run")
+    assert moved.root == tmp_path / "new/data" and moved.thumbnails.there()
+    assert cli.main(["evaluate", str(moved.run.path)]) == 0
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "new/data", other)
+    next(other.glob("cam1/*/*.jpg")).unlink()
+    with pytest.raises(VireidError, match="training pictures"):
+        train(replace(small(other, tmp_path / "new/runs"), keep_features=True), resume=True)
+
+
+def test_asked_to_stop_between_two_steps(made, tmp_path):
+    config, seen = small(made.config["data"]["root"], tmp_path, keep_features=True), []
+
+    def ask(run, entry):
+        seen.append(entry["event"])
+        if entry["event"] == "step" and entry["epoch"] == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped) as e:
+        train(config, callbacks=(ask,))
+    assert e.value.code == 143 and seen[-1] == "step" and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run = train(config, resume=True)
+    assert same(weights(made), weights(run)) and told_by(made) == told_by(run)
+
+
+def test_a_bad_loss_says_where_it_came_from(made, tmp_path, monkeypatch):
+    config, true, calls = small(made.config["data"]["root"], tmp_path), Engine.step, []
+
+    def spoil(self, loss, optimizer):
+        calls.append(0)
+        return true(self, loss * float("nan") if len(calls) == 4 else loss, optimizer)
+
+    monkeypatch.setattr(Engine, "step", spoil)
+    with pytest.raises(VireidError, match=r"epoch 2, step \d: the training loss became nan.*checkpoints/last, is of epoch 1; the step saw \d+ pictures: .*jpg") as e:
+        train(config)
+    assert len(str(e.value).splitlines()) == 1
+    told = Run(tmp_path / "run").events()[-1]
+    assert told["event"] == "bad-loss" and set(told["pictures"]) <= set(made.samples().path)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--optim.lr", "-1"], ["--data.size", "-1", "-1"], ["--optim.decay-every", "0"], ["--seed", "9" * 20], ["--augment.erase", "nan"], ["--augment.erase-aspect", "nan", "1"],
+    ["--optim.backbone", "inf"], ["--optim.decay", "nan"], ["--batch.iterations", "9" * 30],
+])  # fmt: skip
+def test_numbers_that_cannot_be(sysu_root, tmp_path, capsys, flags):
+    assert cli.main(["train", "baseline", "--preset", "synth", "--data.root", str(sysu_root), "--runs", str(tmp_path / "runs"), *flags]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and flags[0].lstrip("-").replace("-", "_") in said[0] and not (tmp_path / "runs").exists()
+
+
+def test_every_method_has_every_value_checked():
+    for cls, preset, known, _ in cli.METHODS.values():
+        for name in known:
+            check_values(preset(name))
+
+
+def test_a_run_is_made_again_and_differences_are_found(made, run, capsys):
+    assert cli.main(["reproduce", str(made.path)]) == 0 and "the same in all of 2 epochs" in capsys.readouterr().out
+    record = run.path / "metrics.jsonl"
+    record.write_text(record.read_text().replace('"n_clusters_visible": ', '"n_clusters_visible": 1', 1))
+    assert first_difference(made, run, 3).startswith("epoch 1, event 'labels': n_clusters_visible")
+
+
+def test_a_report_without_pictures_holds_none(run):
+    page = run.path / "report.html"
+    assert cli.main(["report", str(run.path), "--no-pictures"]) == 0 and "data:image" not in page.read_text() and "This page holds no image." in page.read_text()
+    assert cli.main(["report", str(run.path)]) == 0
+    held = page.read_text().count("data:image")
+    assert held > 0 and f"This page holds {held} images of people" in page.read_text()
+
+
+@pytest.mark.parametrize("where", ["epochs/0001 copy", "epochs/notes", "epochs/0001.bak"])
+def test_what_people_leave_among_the_epochs(run, where):
+    shutil.copytree(run.folder(1), run.path / where)
+    assert Run(run.path).epochs == [0, 1, 2]
+    assert cli.main(["report", str(run.path)]) == 0
+
+
+def test_a_pipe_among_the_pictures_is_no_picture(sysu_root, tmp_path, capsys):
+    root = shutil.copytree(sysu_root, tmp_path / "data")
+    os.mkfifo(next(root.glob("cam1/*")) / "a\nb.jpg")
+    assert cli.main(["check", str(root), "--dataset", "sysu"]) == 2
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "ordinary" in x]
+    assert r"a\nb.jpg: no ordinary file" in line
+
+
+def test_read_only_and_full(made, tmp_path, monkeypatch, capsys):
+    "What the system says in these cases, said by the call that brings bytes to the disk."
+    for code, words in ((errno.EROFS, "is read-only; choose a folder that can be written"), (errno.ENOSPC, "MB free); free some space there"), (errno.EDQUOT, "your quota there is used up")):
+        with monkeypatch.context() as m:
+            m.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+            assert cli.main(["report", str(made.path), "-o", str(tmp_path / "page.html")]) == 2
+        assert words in capsys.readouterr().err and [*tmp_path.iterdir()] == []

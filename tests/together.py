@@ -72,7 +72,7 @@ def one_step(root, out):
     "The first step of a training without groups: loss, gradients and running statistics. Convolutions in float64: at ReLU's and pooling's kinks float32 makes of another order of summation another gradient."
     config = small("baseline", root, out, groups=1, name="step")
     method = config.make_method()
-    session = open_session(config, method, (), resume=False)
+    session = open_session(config, (), resume=False)
     model = session.learner.model
     bank = session.extract(session.learner.store, session.catalog.train)
     plain = model.train().double().forward

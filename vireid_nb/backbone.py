@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision.models.resnet import BasicBlock
 
-from .records import Modality, VireidError, at_least_float32, atomic_path, derive_seed, log, on_device, require
+from .records import Modality, VireidError, at_least_float32, atomic_path, derive_seed, log, on_device, parse_json, require
 
 # %% ../nbs/20_backbone.ipynb #91fe6567
 @contextmanager
@@ -193,16 +193,20 @@ def read_weights(path) -> tuple:  # (name -> tensor, card)
     "The tensors of a .safetensors or .pth file, and its card. Raises `VireidError` when it is missing or broken."
     path = Path(path)
     require(path.is_file(), f"there is no weights file {path}; give --model.weights PATH, or none for random weights")
+    card = {}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
-                return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("card", "{}"))
-        state = torch.load(path, map_location="cpu", weights_only=True)
+                state, card = {k: f.get_tensor(k) for k in f.keys()}, parse_json((f.metadata() or {}).get("card", "{}"), {})
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged bytes fail in as many ways as there are bytes
         raise VireidError(f"the weights file {path} cannot be read ({type(e).__name__}); it is damaged or of another kind: get it again") from e
-    good = isinstance(state, dict) and all(isinstance(v, torch.Tensor) for v in state.values())
+    good = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items())
     require(good, f"the weights file {path} is not a plain state dict (name -> tensor); save model.state_dict() alone")
-    return dict(state), {}
+    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    require(not bad, f"the weights file {path} holds NaN or infinity in {len(bad)} tensors (first: {', '.join(bad[:1])}); get it again, or take an earlier checkpoint")
+    return dict(state), card
 
 # %% ../nbs/20_backbone.ipynb #fe8a495b
 def _two_streams(state: dict) -> dict:

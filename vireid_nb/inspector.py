@@ -14,6 +14,7 @@ import base64
 import io
 import json
 import operator
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
 from scipy.optimize import linear_sum_assignment
 
 from .artifacts import Run, jsonable
@@ -33,32 +33,19 @@ from .evaluation import camera_rule, per_query_metrics
 from .matching import majority
 from .palette import CATEGORIES, COLOUR, RAMP
 from .projection import project_epochs
-from .records import FeatureBank, Modality, PseudoLabels, VireidError, as_numpy, atomic_path, log, require
+from .records import FeatureBank, Modality, PseudoLabels, VireidError, as_numpy, atomic_path, log, read_json, require
 
 # %% ../nbs/70_inspector.ipynb #d6d944a4
 def samples_of(
     run: Run,
 ) -> pd.DataFrame:  # path, modality, camid, pid; -1 where unknown
     "The training samples of a run; raises `VireidError` when they were never written or are damaged."
-    file = run.path / "samples.csv"
-    require(file.is_file(), f"{run.path} has no samples.csv: the run ended before it began; train it anew")
-    try:
-        table = run.samples()
-    except (ValueError, OSError) as e:
-        raise VireidError(f"{file} is damaged ({str(e).splitlines()[0]}); the run cannot be shown") from e
-    missing = {"path", "modality"} - set(table.columns)
-    require(not missing, f"{file} has no column {', '.join(sorted(missing))}; the run cannot be shown")
-    for name in ("camid", "pid"):
-        table[name] = table[name].fillna(-1).astype(np.int64) if name in table else -1
-    return table[["path", "modality", "camid", "pid"]]
+    return run.samples()
 
 
 def labels_of(run: Run, epoch: int, n: int) -> PseudoLabels:  # n: how many samples the run has
     "An epoch's labels; raises `VireidError` when they are not there, damaged, or of other samples."
-    try:
-        labels = run.labels(epoch)
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as e:
-        raise VireidError(f"{run.folder(epoch)}: the labels are damaged ({str(e).splitlines()[0]}); remove that folder to see the other epochs") from e
+    labels = run.labels(epoch)
     require(len(labels.modality) == n, f"{run.folder(epoch)} holds labels of {len(labels.modality)} samples, samples.csv lists {n}; they are of different runs")
     return labels
 
@@ -70,10 +57,7 @@ class KeptFeatures(Mapping):
         self.run, self.kept = run, list(epochs)
 
     def __getitem__(self, epoch: int) -> FeatureBank:
-        try:
-            bank = self.run.features(epoch)
-        except (OSError, SafetensorError) as e:
-            raise VireidError(f"{self.run.folder(epoch)}: the features are damaged ({str(e).splitlines()[0]}); remove that folder to see the other epochs") from e
+        bank = self.run.features(epoch)
         return bank if (np.diff(bank.index) > 0).all() else bank.take(bank.index.argsort(kind="stable"))
 
     def __iter__(self):
@@ -525,13 +509,11 @@ class Saved:
     @property
     def kept(self) -> dict:  # samples: how many; tags: {name: rows}; views: {name: what was looked at}
         "What the file holds; raises `VireidError` when it is damaged or of other samples."
+        rows = [int]
+        view = {"epoch": int, "which": str, "colour": str, "method": str, "where": str, "chosen": rows}
+        shape = {"samples?": int, "tags?": {"*": rows}, "views?": {"*": view}}
         blank = {"samples": len(self.samples), "tags": {}, "views": {}}
-        try:
-            held = blank | (dict(json.loads(self.file.read_text(encoding="utf-8"))) if self.file.is_file() else {})
-            whole = all(isinstance(held[part], dict) for part in ("tags", "views"))
-        except (ValueError, TypeError, OSError) as e:
-            raise VireidError(f"{self.file} is damaged ({e}); remove it") from e
-        require(whole, f"{self.file} is damaged (no tags and views in it); remove it")
+        held = blank | (read_json(self.file, shape, "remove it") if os.path.lexists(self.file) else {})
         require(held["samples"] == len(self.samples), f"{self.file} is of {held['samples']} samples, the run has {len(self.samples)}")
         return held
 
@@ -689,11 +671,11 @@ class InspectorState(Views, Selection, Questions, Kept, Watched, Facts):
         require(len(kept), f"{self.run.path} keeps no epoch yet; it can be shown once the first epoch has clustered")
         unknown = sorted(set(epochs or ()) - set(kept))
         require(not unknown, f"{self.run.path} keeps no labels of epochs {unknown}; it has {kept}")
-        with_features = [e for e in kept if (self.run.folder(e) / "features.safetensors").is_file()]
+        with_features = self.run.kept.with_features()
         self.epochs = sorted(epochs) if epochs else spread(with_features or kept, 12)
         self.mapped = [e for e in self.epochs if e in with_features]
         self.epoch, self.which, self.colour, self.where = self.epochs[-1], "shared", "cluster", ""
         self.chosen, self.shown, self.extra = np.empty(0, np.int64), np.ones(len(self.samples), bool), {}
         self._cache, self._maps, self._watchers = {}, {}, []
-        self.root = Path(root or self.run.config.get("data", {}).get("root", "."))
+        self.root = self.run.data_root(root)
         self.labels()  # a damaged epoch is told at the door

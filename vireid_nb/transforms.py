@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .catalog import read_image
-from .records import VireidError, as_numpy, atomic_path, log, on_device, require
+from .records import VireidError, as_numpy, atomic_path, log, on_device, require, sweep
 
 # %% ../nbs/12_transforms.ipynb #cbd3b2f1
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -96,8 +96,7 @@ def write_pictures(
     shape: tuple,  # N, 3, H, W of all
 ) -> None:
     "Decoded pictures into one file, whole or not at all; raises `VireidError` when the disk has no room for them."
-    for left in path.parent.glob(f".*.tmp{path.suffix}"):  # by a killed process: nobody else is here
-        left.unlink(missing_ok=True)
+    sweep(path.parent)  # room that killed writers left occupied
     (n, _, h, w), need, free = shape, math.prod(shape), shutil.disk_usage(path.parent).free
     what = f"{n} pictures of {h} x {w} take {need / 1e9:.3g} GB"
     require(need <= free, f"picture cache: {what}, {path.parent} has {free / 1e9:.3g} GB free; choose a folder on another disk, or none")

@@ -30,7 +30,7 @@ from .catalog import IMAGE_SUFFIXES, WORDS, FileTree, guess_layout, images, load
 from .engine import EngineConfig, resolve
 from .features import extract
 from .inspector import data_uri, jpeg
-from .records import Modality, as_numpy, atomic_path, log, require
+from .records import Modality, as_numpy, atomic_paths, log, require
 from .training import load_model
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, ImageStore, at_size
 
@@ -139,8 +139,8 @@ def pictures_in(
     modality,  # which pictures of a data set to take
 ) -> list:  # of paths, in order
     "The pictures of one modality; raises `VireidError` when there are none."
-    source, m = Path(source).expanduser(), as_modality(modality)
-    require(source.exists(), f"there is nothing at {source}; give a picture or a folder of pictures")
+    source, m = Path(os.path.expanduser(source)), as_modality(modality)
+    require(os.path.exists(source), f"there is nothing at {str(source)[:300]}; give a picture or a folder of pictures")
     if source.is_file():
         return [str(source)]
     layout, tree = guess_layout(source), FileTree(source)
@@ -214,10 +214,9 @@ def query(
     kind = as_modality(1 - m if gallery_modality == "other" else gallery_modality)
     table = embedder.rank(asked, pictures_in(gallery, kind), k, m, kind, engine.progress)
     if out:
-        with atomic_path(out) as tmp:
+        with atomic_paths(out, out.with_suffix(".csv")) as (tmp, listed):
             tmp.write_text(strip_html(table, f"{embedder.name}: {m.title} queries, {kind.title} gallery"), encoding="utf-8")
-        with atomic_path(out.with_suffix(".csv")) as tmp:
-            table.to_csv(tmp, index=False, errors="surrogateescape")
+            table.to_csv(listed, index=False, errors="surrogateescape")
     print(table.round({"cosine": 3}).to_string(index=False))
     if out:
         print(f"wrote {out} and {out.with_suffix('.csv')}")
@@ -301,7 +300,7 @@ def sample_pictures(
     n: int = 4,  # of each modality
 ) -> tuple:  # (paths, modality of each [2n] int64)
     "Training pictures of both modalities, evenly spread; raises `VireidError` when they are not there any more, or lie outside the root."
-    table, root = run.samples(), Path(root or run.config["data"]["root"]).expanduser()
+    table, root = run.samples(), run.data_root(root)
     root = root.parent if root.is_file() else root  # a CSV data set may be given by its file
     rows = np.concatenate([r[np.linspace(0, len(r) - 1, n).astype(int)] for m in Modality if len(r := np.flatnonzero(table.modality == m))])
     paths = [picture_at(root, p) for p in table.path.iloc[rows]]
@@ -354,12 +353,11 @@ def export_run(
     embedder, (paths, kinds) = load(run, "cpu"), sample_pictures(run, root)
     images = as_store(paths, embedder.size)[np.arange(len(paths))]
     features = embedder.embed(images, kinds)
-    with atomic_path(out) as tmp:
+    with atomic_paths(out, f"{out}.json") as (tmp, beside):
         write(Portable(embedder.model), images[:2], torch.from_numpy(kinds[:2]), tmp)
         worst = differences(features, read(tmp)(images.numpy(), kinds), kinds)
-    about = card(run, format, embedder.size, features.shape[1], worst)
-    with atomic_path(f"{out}.json") as tmp:
-        tmp.write_text(json.dumps(about, indent=1))
+        about = card(run, format, embedder.size, features.shape[1], worst)
+        beside.write_text(json.dumps(about, indent=1))
     return about
 
 # %% ../nbs/76_use.ipynb #612be063
