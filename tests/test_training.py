@@ -18,9 +18,11 @@ from vireid_nb.artifacts import Run
 from vireid_nb.backbone import BackboneConfig, build_backbone
 from vireid_nb.baseline import baseline_preset
 from vireid_nb.catalog import load_catalog
+from vireid_nb.features import extract
 from vireid_nb.records import VireidError, seeded_torch
 from vireid_nb.synthetic import write_dataset
 from vireid_nb.training import BatchConfig, DataConfig, EngineConfig, load_model, open_session, train
+from vireid_nb.transforms import ImageStore
 
 
 def small(root, runs, name="run", data="sysu", **more):
@@ -250,3 +252,24 @@ def test_a_picture_that_breaks_after_the_check_is_named(sysu_root, tmp_path):
         place.write_bytes((sysu_root / row.path).read_bytes()[: 300 if i == 5 else None])
     with pytest.raises(VireidError, match="0005.jpg.*vireid check"):
         train(small(tmp_path / "data", tmp_path / "runs", data="folder"))
+
+
+def test_features_are_extracted_in_float32_whatever_training_computes_in(sysu_root, tmp_path):
+    catalog, banks = load_catalog(sysu_root, "sysu"), {}
+    for features in ("float32", "same"):
+        config = small(sysu_root, tmp_path, name=features, intra_epochs=1, joint_epochs=0, eval_every=0, keep_features=True)
+        config = replace(config, engine=EngineConfig(device="cpu", precision="bf16", features=features, progress=False), batch=replace(config.batch, iterations=1))
+        banks[features] = train(config).features(0).features
+    plain = extract(build_backbone(config.model, seed=config.seed), ImageStore(sysu_root, catalog.train.path, size=(96, 48)), catalog.train.modality, catalog.train.camid, progress=False)
+    kept = np.abs(banks["float32"] - plain.features).max()  # the run folder keeps float16
+    assert kept < 5e-4 and np.abs(banks["same"] - plain.features).max() > 2 * kept
+
+
+def test_test_pictures_may_be_resized_as_the_programs_do(sysu_root, tmp_path):
+    scores = []
+    for resize in ("bicubic", "lanczos"):
+        config = small(sysu_root, tmp_path, name=resize, intra_epochs=1, joint_epochs=0, eval_every=0)
+        config = replace(config, data=replace(config.data, size=(64, 32), test_resize=resize), batch=replace(config.batch, iterations=1))
+        run = train(config)
+        scores.append((run.metrics("eval")["mAP"].tolist(), run.metrics("train")["loss.visible"].tolist()))
+    assert scores[0][1] == scores[1][1] and scores[0][0] != scores[1][0]

@@ -69,15 +69,13 @@ def trainings(root, out):
 
 
 def one_step(root, out):
-    "The first step of a training without groups: loss, gradients and running statistics. Convolutions in float64: at ReLU's and pooling's kinks float32 makes of another order of summation another gradient."
+    "The first step of a training without groups: loss, gradients and running statistics. In float64: at ReLU's and pooling's kinks float32 makes of another order of summation another gradient."
     config = small("baseline", root, out, groups=1, name="step")
     method = config.make_method()
     session = open_session(config, (), resume=False)
     model = session.learner.model
     bank = session.extract(session.learner.store, session.catalog.train)
-    plain = model.train().double().forward
-    model.neck.float()  # what comes out of the pooling
-    model.forward = lambda images, *args, **more: plain(images.double(), *args, **more)
+    model.train().double()
     loss = sum(next(method.steps(session.learner, bank, method.cluster(bank, 0), 0)).values())
     loss.backward()
     average_gradients(model.parameters())

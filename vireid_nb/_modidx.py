@@ -357,6 +357,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/vireid_nb', 'doc_host': ''
                                   'vireid_nb.engine.Arithmetic.autocast': ('engine.html#arithmetic.autocast', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.Arithmetic.device': ('engine.html#arithmetic.device', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.Arithmetic.dtype': ('engine.html#arithmetic.dtype', 'vireid_nb/engine.py'),
+                                  'vireid_nb.engine.Arithmetic.features_dtype': ( 'engine.html#arithmetic.features_dtype',
+                                                                                  'vireid_nb/engine.py'),
                                   'vireid_nb.engine.Arithmetic.scaler': ('engine.html#arithmetic.scaler', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.BadLoss': ('engine.html#badloss', 'vireid_nb/engine.py'),
                                   'vireid_nb.engine.Engine': ('engine.html#engine', 'vireid_nb/engine.py'),

@@ -233,7 +233,7 @@ def evaluate(
     catalog = load_catalog(opened.data_root(root), config.data.name, trial=config.data.trial)
     test = catalog.test
     require(len(test), f"{catalog.root} has no test set with ids, so there is nothing to judge")
-    bank = extract(model, ImageStore(catalog.root, test.path, size=config.data.size), test.modality.to_numpy(), test.camid.to_numpy(), progress=engine.progress, shared=True, flip=config.test_mirror)
+    bank = extract(model, ImageStore(catalog.root, test.path, size=config.data.size, resize=config.data.test_resize), test.modality.to_numpy(), test.camid.to_numpy(), progress=engine.progress, shared=True, flip=config.test_mirror)
     if rank():
         return 0
     scores = judge_features(bank, catalog)

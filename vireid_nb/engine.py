@@ -35,6 +35,7 @@ class EngineConfig:
     "Where and in which arithmetic a network runs."
     device: str = "auto"  # "auto", "cpu" or "cuda"
     precision: str = "auto"  # "auto", "no", "bf16" or "fp16": the network's arithmetic; losses and memories stay float32
+    features: str = "float32"  # of features that are clustered or tested: "float32" (on CUDA its convolutions in TF32, torch's default), or "same" as precision
     fused: bool | None = None  # the optimiser step as one kernel; None: on CUDA
     compile: bool = False  # torch.compile the stages that both modalities share: a minute or more at the start, then faster steps on some devices
     progress: bool = True  # progress bars (never drawn when the output is not a terminal)
@@ -44,6 +45,7 @@ def resolve(config: EngineConfig) -> tuple:  # (device, precision) with "auto" r
     "What 'auto' means on this machine; raises `VireidError` for what it cannot do."
     require(config.device in ("auto", "cpu", "cuda"), f"engine.device is '{config.device}'; use auto, cpu or cuda")
     require(config.precision in ("auto", "no", "bf16", "fp16"), f"engine.precision is '{config.precision}'; use auto, no, bf16 or fp16")
+    require(config.features in ("float32", "same"), f"engine.features is '{config.features}'; use float32 or same")
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "engine.device is 'cuda', but this torch sees no CUDA device; use --engine.device cpu")
     device = "cuda" if cuda and config.device != "cpu" else "cpu"
@@ -73,6 +75,11 @@ class Arithmetic:
     def dtype(self):
         "The network's arithmetic under mixed precision, otherwise None."
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+    @property
+    def features_dtype(self):
+        "The same where features are extracted: None, float32, unless `features` says otherwise."
+        return self.dtype if self.config.features == "same" else None
 
     @property
     def scaler(self):
@@ -119,8 +126,8 @@ class Preparing(Arithmetic):
         return self.fused and self.scaler is None
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple:
-        "The model and optimiser, moved and wrapped."
-        model = self.accelerator.prepare_model(model, evaluation_mode=True)  # evaluation_mode: never cut batches
+        "The model, moved, and the optimiser, wrapped."
+        model = model.to(self.device)  # accelerate would wrap it into its precision for good; `autocast` says where that begins and ends
         if self.device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)
         if self.config.compile:

@@ -316,7 +316,7 @@ def mmm_preset(data: str) -> MmmConfig:  # one of `PRESETS`; with "-released" th
     base, config = baseline_preset(name), MmmConfig(recipe=recipe or "paper")
     config = replace(config, data=base.data, cluster=base.cluster, batch=replace(config.batch, iterations=3 * base.batch.iterations))
     if recipe:
-        config = replace(config, batch=base.batch, optim=base.optim, intra_epochs=base.intra_epochs, joint_epochs=base.joint_epochs)
+        config = replace(config, data=replace(base.data, test_resize="lanczos"), batch=base.batch, optim=base.optim, intra_epochs=base.intra_epochs, joint_epochs=base.joint_epochs)
         config = replace(config, align=replace(config.align, draw="uniform", look_up="training"), test_mirror=False, engine=EngineConfig(precision="no"))
     if name == "synth":
         config = replace(synth_preset(config), data=base.data)

@@ -47,6 +47,7 @@ class DataConfig:
     name: str = "sysu"  # sysu, regdb, llcm, folder or csv
     trial: int = 1  # which split; only RegDB has several (1 to 10)
     size: tuple[int, int] = (288, 144)  # height and width of the pictures, in pixels
+    test_resize: Literal["bicubic", "lanczos"] = "bicubic"  # of test pictures; the published programs test with Lanczos, here a network is tested on pictures like those it learned from
     cache: str = ""  # folder for a file of all decoded pictures, said to be how large before it is written; empty = in memory, as many as a quarter of it holds
 
 
@@ -424,7 +425,7 @@ class Session:
 
     def extract(self, store: ImageStore, table, flip: bool = True) -> FeatureBank:  # table: the rows of `store`, with modality and camid
         "Features of these pictures by the network as it is now."
-        how = dict(device=self.engine.device, precision=self.engine.dtype, progress=self.config.engine.progress, shared=True, flip=flip)
+        how = dict(device=self.engine.device, precision=self.engine.features_dtype, progress=self.config.engine.progress, shared=True, flip=flip)
         return extract(self.learner.model, store, table.modality.to_numpy(), table.camid.to_numpy(), **how)
 
     def tell(self, event: str, epoch: int, keep: bool = True, **values) -> None:
@@ -513,7 +514,8 @@ def open_session(config: TrainConfig, callbacks: tuple, resume: bool) -> Session
     model = everywhere(lambda: build_backbone(config.model, seed=config.seed))
     if world() > 1 and config.batch.groups == 1:
         whole_batch_norm(model)
-    stores = (ImageStore(catalog.root, table.path, size=config.data.size, cache=config.data.cache or "auto") for table in (catalog.train, catalog.test))
+    tables = (catalog.train, "bicubic"), (catalog.test, config.data.test_resize)
+    stores = (ImageStore(catalog.root, table.path, size=config.data.size, cache=config.data.cache or "auto", resize=resize) for table, resize in tables)
     learner = Learner(config, engine, model, next(stores))
     learner.model, optimizer = engine.prepare(model, make_optimizer(config, model))
     run = everywhere(lambda: find_run(config, engine, catalog, resume))

@@ -45,10 +45,10 @@ def cache_bytes(cache) -> int:  # cache: "auto", a number of bytes, or None
     return int(cache or 0)
 
 
-def at_size(picture: Image.Image, size: tuple) -> torch.Tensor:  # size: height, width -> [3, H, W] uint8
-    "An RGB picture at network size, bicubic with anti-aliasing."
+def at_size(picture: Image.Image, size: tuple, resize: str = "bicubic") -> torch.Tensor:  # size: height, width -> [3, H, W] uint8
+    "An RGB picture at network size, bicubic or lanczos, with anti-aliasing."
     if picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+        picture = picture.resize(size[::-1], Image.Resampling[resize.upper()])
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
@@ -56,18 +56,20 @@ def decode(
     root,  # folder of the dataset
     path: str,  # relative to it
     size: tuple,  # height, width
+    resize: str = "bicubic",  # or "lanczos"
 ) -> torch.Tensor:  # [3, H, W] uint8
     "One picture of a dataset at network size; raises `VireidError` with the file's name if it is broken."
-    return at_size(read_image(root, path), size)
+    return at_size(read_image(root, path), size, resize)
 
 # %% ../nbs/12_transforms.ipynb #1838d6af
 def fingerprint(
     root,  # folder of the dataset
     paths,  # [N] relative to it
     size: tuple,  # height, width
+    resize: str = "bicubic",  # or "lanczos"
 ) -> str:
     "A name for these pictures as they are now, decoded to this size; a missing one raises `VireidError`."
-    out = hashlib.blake2b(f"1 {Image.__version__} {Path(root).resolve()} {tuple(size)}".encode(), digest_size=12)  # 1: this layout of the file
+    out = hashlib.blake2b(f"1 {Image.__version__} {Path(root).resolve()} {tuple(size)}{'' if resize == 'bicubic' else resize}".encode(), digest_size=12)  # 1: this layout of the file
     for p in paths:
         try:
             held = os.stat(os.path.join(root, p))
@@ -125,8 +127,9 @@ def map_pictures(
 class PictureFiles:
     "The picture files of a catalogue; decoding runs in threads, a broken one raises `VireidError` with its name."
 
-    def __init__(self, root, paths, size: tuple, threads: int = 0):  # see `ImageStore`
-        self.root, self.paths, self.size = root, list(paths), tuple(size)
+    def __init__(self, root, paths, size: tuple, threads: int = 0, resize: str = "bicubic"):  # see `ImageStore`
+        require(resize in ("bicubic", "lanczos"), f"pictures: resize is {resize!r}; 'bicubic' or 'lanczos' is needed")
+        self.root, self.paths, self.size, self.resize = root, list(paths), tuple(size), resize
         self._pool = ThreadPoolExecutor(threads or os.cpu_count())
 
     def __len__(self) -> int:
@@ -134,7 +137,7 @@ class PictureFiles:
 
     def decoded(self, rows: np.ndarray) -> np.ndarray:  # [b] -> [b, 3, H, W] uint8
         "These pictures, read from their files."
-        return torch.stack(list(self._pool.map(lambda r: decode(self.root, self.paths[r], self.size), rows))).numpy()
+        return torch.stack(list(self._pool.map(lambda r: decode(self.root, self.paths[r], self.size, self.resize), rows))).numpy()
 
     def batches(self, n: int = 256) -> Iterator[np.ndarray]:
         "All of them, n at a time."
@@ -152,11 +155,12 @@ class ImageStore(PictureFiles):
         size: tuple = (288, 144),  # height, width
         cache="auto",  # bytes for decoded pictures; "auto" = a quarter of the free memory, 0 = none; or a folder: see `map_pictures`
         threads: int = 0,  # decoding threads; 0 = one a core
+        resize: str = "bicubic",  # or "lanczos", with which the published programs test
     ):
-        super().__init__(root, paths, size, threads)
+        super().__init__(root, paths, size, threads, resize)
         self._lock, n, shape = threading.Lock(), len(self), (3, *self.size)
         if isinstance(cache, (str, Path)) and cache != "auto" and n:
-            self._kept, self._slot = map_pictures(cache, fingerprint(root, self.paths, size), self.batches(), (n, *shape)), np.arange(n)
+            self._kept, self._slot = map_pictures(cache, fingerprint(root, self.paths, size, resize), self.batches(), (n, *shape)), np.arange(n)
         else:
             room = cache_bytes(cache if n else 0) // math.prod(shape)
             self._kept, self._slot = np.empty((min(room, n), *shape), np.uint8), np.full(n, -1)  # slot: where each picture is kept
