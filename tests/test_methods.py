@@ -16,7 +16,7 @@ from vireid_nb.pclhd import pclhd_preset
 from vireid_nb.pgm import cross_asks, matched_clusters
 from vireid_nb.records import Modality, PseudoLabels, VireidError
 from vireid_nb.synthetic import make_vi_features
-from vireid_nb.training import BatchConfig, label_samples, open_session, train
+from vireid_nb.training import BatchConfig, intra_pairs, label_samples, open_session, train
 
 GOLDEN = Path(__file__).parent / "golden"
 NEW = ("pgm", "adca", "gur", "pclhd", "salcr", "bmil")
@@ -125,3 +125,12 @@ def test_any_number_of_clusters_on_either_side_is_matched():
         labels = matched_clusters(bank, PseudoLabels(visible, infrared, np.full(len(bank), -1), bank.modality))
         asked = labels.spaces["infrared"][bank.modality == 0][visible >= 0]
         assert (asked >= 0).all() and asked.max(initial=-1) <= infrared.max()
+
+
+def test_a_batch_may_hold_more_infrared_identities():
+    bank, pids = make_vi_features(12, 4, 4, dim=16, seed=0)
+    labels = PseudoLabels(pids[bank.modality == 0], pids[bank.modality == 1], pids, bank.modality)
+    for more, infrared in ((0, 3), (9, 9)):
+        learner = SimpleNamespace(config=SimpleNamespace(batch=BatchConfig(3, 2, 5, infrared_ids=more)), sampler=lambda name, epoch: np.random.default_rng(0))
+        pairs = intra_pairs(learner, bank, labels, 0)
+        assert [(len({*pids[v]}), len({*pids[r]})) for v, r in pairs] == [(3, infrared)] * 5

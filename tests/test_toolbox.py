@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array
 
+from vireid_nb.asking import aggregate
 from vireid_nb.association import (
     center_cost,
     cluster_relations,
@@ -27,6 +28,7 @@ from vireid_nb.memories import ClusterMemory, cluster_nce
 from vireid_nb.prototypes import DrawnMemory, PrototypeMemory
 from vireid_nb.records import FeatureBank, Modality, PseudoLabels, VireidError, seeded_torch
 from vireid_nb.relations import Relation, mutual, relation
+from vireid_nb.spaces import recentred
 from vireid_nb.synthetic import make_vi_features
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -168,6 +170,12 @@ def test_adca_votes_golden(case):
     ranked = np.stack([named(v, votes.shape[0]), named(r, votes.shape[1])], 1)[order]
     assert np.array_equal(ranked, g["ranked_pairs"]) and np.array_equal(votes[v, r][order], g["ranked_counts"])
     assert np.array_equal(count_pairs(bank, labels, threshold=g["threshold"])[:, :2], g["chosen_pairs"])
+    memories = [ClusterMemory(g[f"entries_{k}"]) for k in ("visible", "infrared")]
+    for memory, k in zip(memories, ("visible", "infrared")):
+        memory.features = torch.from_numpy(g[f"entries_{k}"])
+    aggregate(*memories, g["chosen_pairs"], g["keep"])
+    for memory, k in zip(memories, ("visible", "infrared")):
+        assert (memory.features - torch.from_numpy(g[f"entries_{k}_after"])).abs().max() < 1e-7
 
 
 # ---- transport
@@ -178,6 +186,8 @@ def test_salcr_golden():
     bank, labels = two_sides(g["features_visible"], g["features_infrared"]), two_labels(g["labels_visible"], g["labels_infrared"])
     fused = fused_features(bank, g["k"])
     relations = dict(zip(("visible", "infrared"), transport_relations(fused, labels)))
+    own = recentred(fused, labels)
+    assert all(np.array_equal(getattr(own, m), g[f"own_{m}"]) for m in ("visible", "infrared"))
     for m in ("visible", "infrared"):
         side = getattr(fused, m).features
         assert np.abs(side - g[f"fused_{m}"]).max() < 5e-7
