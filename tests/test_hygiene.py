@@ -44,7 +44,7 @@ def has(src, directive):
 
 
 def exported(path):
-    return [(i, s) for i, s in code_cells(path) if has(s, "exports?")]
+    return [(i, s) for i, s in code_cells(path) if has(s, "export[si]?")]
 
 
 def statements(src):
@@ -215,7 +215,7 @@ def test_what_is_too_long():
 @exporting_notebook
 def test_lessons(path):
     defining = [i for i, s in exported(path) if not all(map(is_import, statements(s)))]
-    lessons = [(i, s) for i, s in code_cells(path) if not has(s, "(exports?|hide|default_exp)")]
+    lessons = [(i, s) for i, s in code_cells(path) if not has(s, "(export[si]?|hide|default_exp)")]
     proving = [i for i, s in lessons if re.search(r"^\s*(assert\b|test_\w+\()", s, re.M)]
     enough = 2 * len(proving) >= len(defining)
     assert enough, f"{path.name}: {len(proving)} lessons assert something, for {len(defining)} exported cells; one for every two is needed"

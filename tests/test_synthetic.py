@@ -3,6 +3,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +13,20 @@ from PIL import Image
 
 from vireid_nb.records import Modality, VireidError
 from vireid_nb.synthetic import (
+    DIGESTS,
+    WORLDS,
     SynthConfig,
+    camera_counts,
     camera_numbers,
     contact_sheet,
     make_camera,
     make_person,
     make_shot,
     make_vi_features,
+    named_world,
     render,
     seen_in,
+    world_digest,
     write_dataset,
 )
 
@@ -42,9 +48,34 @@ def some(config):
     return render(config, pids, cams, np.arange(24) % 3)
 
 
+# the easy world as it was before it had a hard one beside it
+EASY = (
+    ({}, "34f27d8e2759a17d"),
+    ({"reflectance_tie": 0.6, "camera_gap": 0.5, "noise": 0.6, "occlusion": 0.05}, "687ff8b8146317e8"),  # the demo's
+    ({"occlusion": 1.0, "camera_gap": 1.5, "noise": 3.0, "modality_gap": 0.5, "seed": 7}, "e354cfcd8285dac7"),
+    ({"size": (144, 72), "seed": 3}, "26011477c937cb61"),
+)
+
+
 @pytest.mark.parametrize("infrared", DRAWN)
 def test_checksum(infrared):
     assert digest(some(SynthConfig(infrared=infrared, occlusion=0.5))) == DRAWN[infrared]
+
+
+@pytest.mark.parametrize("knobs, wanted", EASY)
+def test_the_easy_world_keeps_its_bytes(knobs, wanted):
+    assert digest(some(SynthConfig(**knobs))) == wanted
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_a_frozen_world_keeps_its_bytes(name):
+    assert world_digest(named_world(name)) == DIGESTS[name]
+    assert named_world(name)["n_train_ids"] >= 100 and named_world(name)["n_test_ids"] >= 60
+
+
+def test_a_frozen_world_does_not_follow_the_hard_one():
+    named_world("bench-v1").clear()  # a copy
+    assert WORLDS["bench-v1"] and WORLDS["bench-v1"] is not WORLDS["hard"]
 
 
 def test_compiled_and_interpreted_pixels_are_equal():
@@ -73,6 +104,46 @@ def test_infrared_is_colourless_and_visible_is_not(infrared):
     pictures = some(SynthConfig(infrared=infrared)).reshape(4, 6, 96, 48, 3).astype(int)
     assert pictures.dtype == int and (np.ptp(pictures[:, 4:], axis=-1) == 0).all()
     assert (np.ptp(pictures[:, :4], axis=-1).mean((2, 3)) > 3).all()
+
+
+HARD = SynthConfig(**named_world("hard"))
+KNOBS = {"tracklet": 8, "strays": 0.5, "sides": 1.0, "daylight": 1.0, "crop": 0.5, "fashion": 1.0, "uniforms": 1.0}
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_each_knob_changes_pictures_and_at_zero_nothing(knob):
+    base = SynthConfig(size=(32, 16), tracklet=4 if knob == "strays" else 1)
+    changed, off = (replace(base, **{knob: v}) for v in (KNOBS[knob], getattr(SynthConfig(), knob)))
+    draw = lambda config: render(config, np.repeat(np.arange(6), 4), 0, np.tile(np.arange(4), 6))
+    assert (draw(changed) != draw(base)).any() and (draw(replace(off, tracklet=base.tracklet)) == draw(base)).all()
+
+
+def test_turning_a_knob_of_people_changes_nobody_elses_look():
+    "Who wears a uniform at 0.3 wears the same one at 0.6."
+    few, many = ([make_person(0, p, SynthConfig(uniforms=u)) for p in range(60)] for u in (0.3, 0.6))
+    plain = [make_person(0, p) for p in range(60)]
+    assert all(a in (b, c) for a, b, c in zip(few, many, plain)) and few != many
+
+
+def test_frames_of_a_walk_are_alone_or_among_others_the_same():
+    assert (render(HARD, 3, 1, 13)[0] == render(HARD, 3, 1, np.arange(20))[13]).all()
+
+
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
+def test_everybody_passes_two_visible_cameras_and_one_infrared(pid, absent, uneven):
+    config = SynthConfig(absent=absent, uneven=uneven, visible_shots=7, infrared_shots=5)
+    for m, cams in zip(Modality, camera_numbers()):
+        counts = camera_counts(config, pid, m, cams)
+        assert (1 if m else 2) <= len(counts) <= len(cams) and min(counts.values()) >= 1
+        assert max(counts.values()) <= (5, 7)[m == 0] * (1 + uneven) + 0.5
+
+
+def test_a_hard_set_on_disk_has_the_pictures_it_counts(tmp_path):
+    values = named_world("hard") | {"visible_shots": 2, "infrared_shots": 2, "size": (32, 16)}
+    root = write_dataset(tmp_path / "hard", n_train_ids=5, n_test_ids=2, progress=False, **values)
+    config = SynthConfig(**values)
+    wanted = sum(sum(camera_counts(config, p, m, cams).values()) for p in range(1, 8) for m, cams in zip(Modality, camera_numbers()))
+    assert len(list(root.rglob("*.jpg"))) == wanted
 
 
 def test_every_picture_shows_somebody():
@@ -198,6 +269,10 @@ def test_same_seed_same_files(tmp_path):
     (lambda d: write_dataset(d / "x", n_train_ids=1), "at least 2 and 1"),
     (lambda d: write_dataset(d / "x", n_visible_cams=5), "has places for"),
     (lambda d: write_dataset(d / "x", occlusion=2), "from 0 to 1"),
+    (lambda d: write_dataset(d / "x", tracklet=0), "at least 1 picture"),
+    (lambda d: write_dataset(d / "x", daylight=2), "from 0 to 1.5"),
+    (lambda d: write_dataset(d / "x", absent=-0.1), "from 0 to 1"),
+    (lambda d: named_world("harder"), "choose easy, hard, bench-v1"),
     (lambda d: render(SynthConfig(), 0, 6, 0), "not among the 6"),
     (lambda d: SynthConfig(size=(8, 8)), "at least 16"),
     (lambda d: make_vi_features(2, 2, 0), "must be positive"),
