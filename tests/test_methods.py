@@ -73,7 +73,7 @@ def test_every_loss_has_a_gradient(name, sysu_root, tmp_path):
     module = importlib.import_module(f"vireid_nb.{name}")
     config = small(getattr(module, f"{name}_preset")("synth"), sysu_root, tmp_path)
     method, seen = config.make_method(), {}
-    session = open_session(config, method, (), False)
+    session = open_session(config, (), False)
     for epoch in range(3):
         bank, labels = label_samples(session, method, epoch)
         if epoch in (0, 1):
