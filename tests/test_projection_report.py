@@ -306,11 +306,11 @@ def damage_epochs(run):
 
 DAMAGE = {
     damage_metrics_missing: "no pseudo-labels recorded yet",
-    damage_metrics_torn: "test, after 10 epochs +–",
+    damage_metrics_torn: "δ across",  # what is no event is left out, the others stand
     damage_samples_missing: "has no samples.csv",
     damage_samples_other: "samples.csv lists 1",
-    damage_last_labels: "the labels are damaged",
-    damage_features: "could not be read|features are damaged",
+    damage_last_labels: "labels.safetensors is damaged",
+    damage_features: "could not be read|features.safetensors is damaged",
     damage_info: "δ across",
     damage_config: "δ across",
     damage_epochs: "No epoch was kept yet",

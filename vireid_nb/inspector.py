@@ -627,7 +627,7 @@ class Facts:
     @cached_property
     def protocol(self) -> str:
         "Whose camera rule holds: sysu, llcm, or regdb, which has none."
-        name = self.run.config.get("data", {}).get("name")
+        name = (self.run.config.get("data") or {}).get("name")
         return name if name in ("sysu", "llcm") else "regdb"
 
     @cached_property
