@@ -15,7 +15,7 @@ import nbformat
 import pytest
 from browser import missing
 from looking import made_up_run
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 WAIT = int(os.environ.get("BROWSER_WAIT", 300_000))  # milliseconds; a busy two-core machine compiles for a long time
@@ -23,6 +23,7 @@ SHOTS = os.environ.get("BROWSER_SHOTS")  # a folder for pictures of every view; 
 SIX = ("inspect_clusters(RUN)", "inspect_matches(RUN)", "inspect_queries(RUN)", "compare_epochs(RUN, 0, 2)", "modality_gap_view(RUN)", "tune_clustering(RUN)")
 MAPS, POINTS = 7, "[...document.querySelectorAll('canvas[data-drawn]')]"  # maps of these six; all maps that have been drawn
 HEAD, PICTURES, CARD = "h3 + .quiet", ".widget-html-content:has(> .strip)", ".widget-html-content:has(> .card)"  # parts of a layout
+PARTS = ("h3", ".widget-dropdown", "canvas", ".widget-select, .vchart, .widget-hslider", ".strip, .vchart ~ .vchart ~ .vchart", ".widget-text:has(input[placeholder^='of a selection'])")  # what the numbers in the pictures stand at
 DEAF = re.compile(r"\[anywidget\] Failed to initialize model")  # a script that came late; the maps do not need it in time
 
 
@@ -111,6 +112,11 @@ class Page:
         self.page.wait_for_function(f"() => {done} || document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')")
         assert self.page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts() == []
         return self
+
+    def save(self):
+        self.page.get_by_role("menuitem", name="File", exact=True).click()
+        self.page.get_by_role("menuitem", name=re.compile("^Save Notebook")).first.click()
+        self.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
 
     def maps(self, n):
         "Wait until n maps are drawn with all their points: [[points, chosen, lines]]."
@@ -201,19 +207,28 @@ class View:
             self.page.keyboard.up(key)
 
     def shot(self, name):
-        "Keep a picture of the view, at most 60 KB."
-        if SHOTS:
-            view = self.page.locator(self.root)
-            view.scroll_into_view_if_needed()
-            self.page.mouse.move(5, 5)
-            self.page.wait_for_timeout(700)
-            picture = Image.open(io.BytesIO(view.screenshot())).convert("RGB")
-            for width, colours in ((900, 128), (900, 64), (900, 32), (800, 32), (700, 32)):
-                out = io.BytesIO()
-                picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS).quantize(colours).save(out, "PNG", optimize=True)
-                if len(out.getvalue()) <= 60 * 1024:
-                    break
-            (Path(SHOTS) / f"view_{name}.png").write_bytes(out.getvalue())
+        "Keep a picture of the view with numbers at its parts, at most 60 KB."
+        if not SHOTS:
+            return
+        view = self.page.locator(self.root)
+        view.scroll_into_view_if_needed()
+        self.page.mouse.move(5, 5)
+        self.page.wait_for_timeout(700)
+        where = """([s, parts]) => {const v = document.querySelector(s), a = v.getBoundingClientRect();
+            return parts.map(p => {const b = v.querySelector(p)?.getBoundingClientRect(); return b && b.width ? [b.left - a.left, b.top - a.top] : null})}"""
+        places, picture = self.page.evaluate(where, [self.root, list(PARTS)]), Image.open(io.BytesIO(view.screenshot())).convert("RGB")
+        pen = ImageDraw.Draw(picture)
+        for number, place in enumerate(places, 1):
+            if place:
+                x, y = max(place[0] + 14, 14), max(place[1] + 14, 14)
+                pen.ellipse([x - 13, y - 13, x + 13, y + 13], fill="#15181c", outline="white", width=2)
+                pen.text((x, y), str(number), fill="white", font=ImageFont.load_default(18), anchor="mm")
+        for width, colours in ((900, 128), (900, 64), (900, 32), (800, 32), (700, 32), (640, 32), (560, 32)):
+            out = io.BytesIO()
+            picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS).quantize(colours).save(out, "PNG", optimize=True)
+            if len(out.getvalue()) <= 60 * 1024:
+                break
+        (Path(SHOTS) / f"view_{name}.png").write_bytes(out.getvalue())
 
 
 def test_six_views_in_one_notebook(chromium, lab, run, tmp_path):
@@ -231,9 +246,7 @@ def test_six_views_in_one_notebook(chromium, lab, run, tmp_path):
     asked(views["matches"], views["queries"], views["tune"])
     linked(views["compare"])
 
-    page.page.get_by_text("six.ipynb").first.click()
-    page.page.keyboard.press("Control+s")
-    page.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
+    page.save()
     before, page.received = page.received, 0
     page.page.goto(page.address, wait_until="domcontentloaded")  # the kernel lives
     assert all(points == n for points, _, _ in page.maps(MAPS)) and page.received < 8e6
@@ -325,9 +338,7 @@ def test_slow_line_and_processor(chromium, lab, run, tmp_path):
     assert all(points == n for points, _, _ in page.maps(MAPS + 1))
     first = time.monotonic() - begun
     page.slow(kilobytes=500, times=20)
-    page.page.get_by_text("slow.ipynb").first.click()
-    page.page.keyboard.press("Control+s")
-    page.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
+    page.save()
     page.complaints.clear()
     begun = time.monotonic()
     page.page.goto(page.address, wait_until="domcontentloaded")
