@@ -43,7 +43,7 @@ class HmclConfig:
     instance: float = 0.1  # weight of the instance level
     phase1: Levels = "both"  # levels of the first phase
     phase2: Literal[Levels, "none"] = "both"  # levels of the second phase; none = it goes on like the first, without joint memories
-    reading: Literal["all", "pooled", "sampled"] = "all"  # instance entries: one a sample, each or together the positive; or one a cluster
+    reading: Literal["all", "pooled", "sampled"] = "pooled"  # instance entries: one a sample, each or together the positive; or one a cluster
     among: Literal["all", "batch"] = "all"  # instance entries a picture is compared with: every sample's, or those of the batch it came in
     weighing: Literal["mean", "sum"] = "mean"  # terms of visible, infrared and joint: means (1 : 1 : 1), or the equations' sums over views (2 : 1 : 3)
     joint_start: Literal["modalities", "samples"] = "modalities"  # of a joint cluster's entry: mean of the modalities' means, or of all samples
