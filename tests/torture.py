@@ -446,7 +446,7 @@ def weight_files(room: Path, n: int, rng: random.Random) -> Tally:
             lambda: [1, 2],
             lambda: {**good, key: good[key] * float("nan")},
             lambda: {**good, key: 3},
-            lambda: {**good, key: good[key][..., :0]},
+            lambda: {**good, key: good[key].reshape(-1)[:0]},
             lambda: {"model": good},
             lambda: None,
             lambda: {**good, "more": torch.ones(1)},
