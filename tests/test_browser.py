@@ -23,7 +23,7 @@ SHOTS = os.environ.get("BROWSER_SHOTS")  # a folder for pictures of every view; 
 SIX = ("inspect_clusters(RUN)", "inspect_matches(RUN)", "inspect_queries(RUN)", "compare_epochs(RUN, 0, 2)", "modality_gap_view(RUN)", "tune_clustering(RUN)")
 MAPS, POINTS = 7, "[...document.querySelectorAll('canvas[data-drawn]')]"  # maps of these six; all maps that have been drawn
 HEAD, PICTURES, CARD = "h3 + .quiet", ".widget-html-content:has(> .strip)", ".widget-html-content:has(> .card)"  # parts of a layout
-PARTS = ("h3", ".widget-dropdown", "canvas", ".widget-select, .vchart, .widget-hslider", ".strip, .vchart ~ .vchart ~ .vchart", ".widget-text:has(input[placeholder^='of a selection'])")  # what the numbers in the pictures stand at
+PARTS = ("h3", ".widget-dropdown", "canvas", ".widget-select, .vchart", ".strip, .vchart ~ .vchart ~ .vchart", ".widget-text:has(input[placeholder^='of a selection'])")  # what the numbers in the pictures stand at
 DEAF = re.compile(r"\[anywidget\] Failed to initialize model")  # a script that came late; the maps do not need it in time
 
 
@@ -223,9 +223,9 @@ class View:
                 x, y = max(place[0] + 14, 14), max(place[1] + 14, 14)
                 pen.ellipse([x - 13, y - 13, x + 13, y + 13], fill="#15181c", outline="white", width=2)
                 pen.text((x, y), str(number), fill="white", font=ImageFont.load_default(18), anchor="mm")
-        for width, colours in ((900, 128), (900, 64), (900, 32), (800, 32), (700, 32), (640, 32), (560, 32)):
-            out = io.BytesIO()
-            picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS).quantize(colours).save(out, "PNG", optimize=True)
+        for width in (900, 800, 700, 620, 540, 460):  # smaller rather than with fewer colours: they mean something
+            out, small = io.BytesIO(), picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+            small.quantize(96, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
             if len(out.getvalue()) <= 60 * 1024:
                 break
         (Path(SHOTS) / f"view_{name}.png").write_bytes(out.getvalue())
