@@ -219,7 +219,7 @@ def run_scores(run: Run, protocols: tuple = ()) -> dict:  # {column: number}; sc
     judged = {e["protocol"]: e for e in events if e["event"] == "eval" and e["epoch"] >= 0}
     for p in protocols or [p for p in PROTOCOLS if p in judged]:
         require(p in judged, f"{run.path} was not judged by '{p}'; it was by {', '.join(judged) or 'nothing'}")
-        out |= {f"{p} Rank-1": 100 * judged[p]["rank1"], f"{p} mAP": 100 * judged[p]["mAP"]}
+        out |= {f"{p} {title}": np.nan if judged[p].get(key) is None else 100 * judged[p][key] for title, key in (("Rank-1", "rank1"), ("mAP", "mAP"))}
     last = [e for e in events if e["event"] == "labels"][-1]
     number = lambda key: np.nan if last.get(key) is None else last[key]
     return out | {title: 100 * number(key) for key, title in LABELS.items()} | {title: number(key) for key, title in COUNTS.items()}

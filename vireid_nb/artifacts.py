@@ -130,7 +130,7 @@ def check_values(config, at: str = "") -> None:  # at: what stands before the na
 # %% ../nbs/62_artifacts.ipynb #6af516ee
 NUMBER = (float, types.NoneType)
 EVENTS = {  # what readers of an event may rely on
-    "eval": {"protocol?": str, "spread?": {"*": NUMBER}} | {f"{k}?": NUMBER for k in ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")},
+    "eval": {"protocol": str, "spread?": {"*": NUMBER}} | {f"{k}?": NUMBER for k in ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")},
     "labels": {"phase?": str},
     "train": {"loss?": {"*": NUMBER}, "lr?": NUMBER, "steps?": int},
     "seconds": {"peak_memory_gb?": {"*": NUMBER}},
