@@ -617,7 +617,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/vireid_nb', 'doc_host': ''
                                'vireid_nb.mmm.make_classifier': ('mmm.html#make_classifier', 'vireid_nb/mmm.py'),
                                'vireid_nb.mmm.mmm_preset': ('mmm.html#mmm_preset', 'vireid_nb/mmm.py'),
                                'vireid_nb.mmm.plain_steps': ('mmm.html#plain_steps', 'vireid_nb/mmm.py'),
-                               'vireid_nb.mmm.sample_losses': ('mmm.html#sample_losses', 'vireid_nb/mmm.py'),
                                'vireid_nb.mmm.shuffled_pairs': ('mmm.html#shuffled_pairs', 'vireid_nb/mmm.py'),
                                'vireid_nb.mmm.training_cost': ('mmm.html#training_cost', 'vireid_nb/mmm.py'),
                                'vireid_nb.mmm.trust': ('mmm.html#trust', 'vireid_nb/mmm.py'),
