@@ -103,7 +103,7 @@ def test_instance_memories_ask_nothing(faraway):
     y = np.unique(y, return_inverse=True)[1] - 1
     rows = seeded(3).integers(0, 40, 24)
     emb = faraway.mark(torch.randn(24, 8, generator=seeded_torch(4)).requires_grad_())
-    for how in (dict(reading="all"), dict(reading="sampled"), dict(momentum=0.3), dict(normalise=False)):
+    for how in (dict(reading="all"), dict(reading="pooled"), dict(reading="pooled", among="batch"), dict(reading="sampled"), dict(momentum=0.3), dict(normalise=False)):
         memory = HybridMemory(features, y, np.arange(40) % 2, seeded_torch(0), **how)
         with faraway:
             sum(memory.losses(emb, rows).values()).backward()
